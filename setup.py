@@ -1,0 +1,33 @@
+"""Everything about the package is said once, in settings.ini; this file hands it to setuptools."""
+from configparser import ConfigParser
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+here = Path(__file__).parent
+config = ConfigParser(delimiters=["="])
+config.read(here / "settings.ini", encoding="utf-8")
+cfg = config["DEFAULT"]
+
+setup(
+    name=cfg["lib_name"],
+    version=cfg["version"],
+    description=cfg["description"],
+    long_description=(here / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    author=cfg["author"],
+    author_email=cfg["author_email"],
+    url=cfg["git_url"],
+    license="Apache-2.0",
+    keywords=cfg["keywords"],
+    packages=find_packages(include=["tokpref", "tokpref.*"]),
+    package_data={"tokpref": ["**/*.yaml", "**/*.json", "**/*.jsonl"]},
+    python_requires=f">={cfg['min_python']}",
+    install_requires=cfg["requirements"].split(),
+    extras_require={"notebooks": cfg["notebooks_requirements"].split(), "dev": cfg["dev_requirements"].split()},
+    entry_points={"console_scripts": cfg["console_scripts"].split(), "nbdev": [f"{cfg['lib_name']}={cfg['lib_path']}._modidx:d"]},
+    classifiers=["Development Status :: 3 - Alpha", "Intended Audience :: Developers", "Intended Audience :: Education",
+                 "Intended Audience :: Science/Research", "License :: OSI Approved :: Apache Software License",
+                 "Topic :: Scientific/Engineering :: Artificial Intelligence"]
+                + [f"Programming Language :: Python :: 3.{minor}" for minor in range(10, 14)],
+)

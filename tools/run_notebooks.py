@@ -1,0 +1,40 @@
+"""Run notebooks top to bottom and store what they print: `python tools/run_notebooks.py [notebook ...]`.
+
+Without arguments every notebook under nbs/ runs. A notebook whose front matter or first cells say
+`#| skip_exec` keeps its stored outputs (it needs hardware or hours that not everyone has).
+"""
+import os
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+
+ROOT = Path(__file__).resolve().parent.parent
+QUIET = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1",
+         "PYTHONWARNINGS": "ignore"}
+
+
+def run(path: Path) -> None:
+    "Execute one notebook in its own folder and write it back."
+    nb = nbformat.read(path, as_version=4)
+    if any("skip_exec" in cell.source for cell in nb.cells[:3]):
+        print(f"{path.relative_to(ROOT)}: skipped, keeps its stored outputs")
+        return
+    start = time.time()
+    NotebookClient(nb, timeout=1200, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}).execute()
+    for cell in nb.cells:
+        cell.metadata = {k: v for k, v in cell.metadata.items() if k == "tags"}
+        if cell.cell_type == "code":
+            cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]
+    nb.metadata = {"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}}
+    nbformat.write(nb, path)
+    print(f"{path.relative_to(ROOT)}: {time.time() - start:.1f} s")
+
+
+if __name__ == "__main__":
+    os.environ.update(QUIET)
+    for path in [Path(p).resolve() for p in sys.argv[1:]] or sorted(ROOT.glob("nbs/**/*.ipynb")):
+        if ".ipynb_checkpoints" not in path.parts:
+            run(path)
