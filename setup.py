@@ -1,4 +1,5 @@
 """Everything about the package is said once, in settings.ini; this file hands it to setuptools."""
+import re
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -8,16 +9,19 @@ here = Path(__file__).parent
 config = ConfigParser(delimiters=["="])
 config.read(here / "settings.ini", encoding="utf-8")
 cfg = config["DEFAULT"]
+readme = re.sub(r"(\]\()(?!https?:|#)([^)\s]+)\)", rf"\1{cfg['git_url']}/blob/{cfg['branch']}/\2)",    # PyPI shows no relative links
+                (here / "README.md").read_text(encoding="utf-8"))
 
 setup(
     name=cfg["lib_name"],
     version=cfg["version"],
     description=cfg["description"],
-    long_description=(here / "README.md").read_text(encoding="utf-8"),
+    long_description=readme,
     long_description_content_type="text/markdown",
     author=cfg["author"],
     author_email=cfg["author_email"],
     url=cfg["git_url"],
+    project_urls={"Documentation": cfg["doc_host"] + cfg["doc_baseurl"], "Changes": f"{cfg['git_url']}/blob/{cfg['branch']}/CHANGELOG.md"},
     license="Apache-2.0",
     keywords=cfg["keywords"],
     packages=find_packages(include=["tokpref", "tokpref.*"]),

@@ -1,0 +1,73 @@
+# tokpref. The two commands to know are `make demo` and `make test`; plain `make` lists all of them.
+#
+# Everything is installed into $(VENV), inside this folder; nothing else on your machine changes. It is installed again only when
+# settings.ini, setup.py or the pinned versions change. Another Python:  make demo PYTHON=python3.12
+
+PYTHON      ?= python3
+VENV        ?= .venv
+CONSTRAINTS ?= constraints.txt
+WORKERS     ?= 2
+
+BIN    := $(VENV)/bin
+ROOT   := $(abspath .)
+QUIET  := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false TQDM_DISABLE=1 MPLBACKEND=agg OMP_NUM_THREADS=1
+RECIPE := settings.ini setup.py pyproject.toml $(CONSTRAINTS)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-min check test-notebooks test-python prepare notebooks hooks clean
+.NOTPARALLEL:
+
+help:  ## list the commands
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F'|' '{printf "%-22s %s\n", $$1, $$2}'
+
+demo: $(VENV)/.base  ## install, then train every loss from one start on a toy language (a CPU is enough)
+	$(BIN)/tokpref compare --task toy
+
+test: check test-notebooks test-python  ## install what is needed, then run all that must hold
+
+check: $(VENV)/.dev  ## tokpref/ equals what the notebooks export, notebooks are clean, README is nbs/index.ipynb, lint, imports
+	@$(BIN)/python tools/check.py
+
+test-notebooks: $(VENV)/.dev  ## run the notebooks' own tests, two at a time
+	@echo "notebooks: running their tests"
+	@$(QUIET) $(BIN)/nbdev_test --n_workers $(WORKERS) --timing \
+	 || { echo "notebooks: a cell failed; its error is above. Open that notebook, mend the cell, then: make prepare"; exit 1; }
+
+test-python: $(VENV)/.dev  ## run pytest on tests/
+	@$(QUIET) $(BIN)/python -m pytest tests
+
+prepare: $(VENV)/.dev  ## after editing notebooks: export, clean, write README.md, then test
+	$(BIN)/nbdev_export
+	$(BIN)/nbdev_clean
+	$(BIN)/python tools/readme.py
+	@$(MAKE) --no-print-directory test
+
+notebooks: $(VENV)/.dev  ## run every notebook top to bottom and store its outputs (NB=path for one)
+	$(QUIET) $(BIN)/python tools/run_notebooks.py $(NB)
+	$(BIN)/nbdev_clean
+
+hooks: $(VENV)/.dev  ## install the git hooks that keep notebooks clean and merge them cell by cell
+	PATH="$(ROOT)/$(BIN):$$PATH" $(BIN)/nbdev_install_hooks
+	$(BIN)/pre-commit install
+
+test-min:  ## the same tests with the oldest versions that settings.ini allows
+	@$(MAKE) --no-print-directory test-notebooks test-python VENV=.venv-min CONSTRAINTS=tools/min_versions.txt
+
+clean:  ## remove what these commands made (the environments too)
+	rm -rf .venv .venv-min _proc _docs _site build dist *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+	 || { echo "tokpref needs Python 3.10 or newer; say which one to use: make PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
+
+$(VENV)/.base: $(RECIPE) | $(BIN)/python
+	@echo "installing into $(VENV), once; this can take a few minutes"
+	@$(BIN)/python -m pip install -qq -c $(CONSTRAINTS) -e .
+	@touch $@
+
+$(VENV)/.dev: $(RECIPE) | $(BIN)/python
+	@echo "installing into $(VENV), once; this can take a few minutes"
+	@$(BIN)/python -m pip install -qq -c $(CONSTRAINTS) -e '.[dev]'
+	@touch $(VENV)/.base $@

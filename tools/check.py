@@ -1,0 +1,100 @@
+"""What must hold before any test runs: `python tools/check.py [step ...]`, steps: exported readme lint imports.
+
+Nothing here changes the working tree: notebooks are exported and cleaned in a copy, and the copy is compared. Every complaint
+is one line that says how to mend it; the exit status is 1 if there was any.
+"""
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import readme
+
+ROOT = Path(__file__).resolve().parent.parent
+BIN = Path(sys.executable).parent
+SKIP = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints", ".last_checked")
+
+
+def files(folder: Path, pattern: str) -> dict[str, bytes]:
+    "Path inside `folder` -> content, of every file that matches and is not a leftover."
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob(pattern))
+            if not any(part.startswith(".") or part == "__pycache__" for part in p.relative_to(folder).parts)}
+
+
+def copy_sources(root: Path, copy: Path) -> None:
+    "The notebooks, the settings and the modules written by hand: all that an export needs."
+    for name in ("settings.ini", "pyproject.toml"):
+        shutil.copy(root / name, copy)
+    shutil.copytree(root / "nbs", copy / "nbs", ignore=SKIP, symlinks=True)
+    for module in (root / "tokpref").rglob("__init__.py"):
+        target = copy / module.relative_to(root)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(module, target)
+
+
+def exported(root: Path = ROOT) -> list[str]:
+    "tokpref/ is what the notebooks export, and the notebooks are clean."
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder).resolve()
+        copy_sources(root, copy)
+        for tool in ("nbdev_export", "nbdev_clean"):
+            done = subprocess.run([BIN / tool], cwd=copy, capture_output=True, text=True, env=os.environ | {"IN_TEST": ""})
+            if done.returncode: return [f"{tool} fails: {(done.stderr or done.stdout).strip().splitlines()[-1]}"]
+        return compare(root, copy)
+
+
+def compare(root: Path, copy: Path) -> list[str]:
+    "Complaints about each file that differs between the working tree and its freshly exported and cleaned copy."
+    here, fresh = files(root / "tokpref", "*.py"), files(copy / "tokpref", "*.py")
+    notebooks, cleaned = files(root / "nbs", "*.ipynb"), files(copy / "nbs", "*.ipynb")
+    lines = [f"tokpref/{name} comes from no notebook; delete it, or export it from one" for name in here.keys() - fresh.keys()]
+    lines += [f"tokpref/{name} is missing; mend with: make prepare" for name in fresh.keys() - here.keys()]
+    lines += [f"tokpref/{name} is not what its notebook exports; edit the notebook, then: make prepare"
+              for name in here.keys() & fresh.keys() if here[name] != fresh[name]]
+    lines += [f"nbs/{name} is not clean; mend with: make prepare" for name in notebooks if notebooks[name] != cleaned[name]]
+    return sorted(lines)
+
+
+def lint(root: Path = ROOT) -> list[str]:
+    "ruff finds no undefined or unused name (its F rules) in the package, nor in tests and tools."
+    done = subprocess.run([BIN / "ruff", "check", "--no-cache", "--output-format=concise", "tokpref", "tests", "tools"],
+                          cwd=root, capture_output=True, text=True)
+    return [line for line in (done.stdout + done.stderr).splitlines() if line.strip()] if done.returncode else []
+
+
+def import_alone(name: str, root: Path = ROOT) -> list[str]:
+    "Complaints about importing one module in a fresh process."
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", f"import {name}"], cwd=root, capture_output=True, text=True)
+    return [f"import {name} fails: {done.stderr.strip().splitlines()[-1]}"] if done.returncode else []
+
+
+def imports(root: Path = ROOT) -> list[str]:
+    "Each module imports on its own, in a fresh process, from any order."
+    names = [f"tokpref/{name}".removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+             for name in files(root / "tokpref", "*.py")]
+    with ThreadPoolExecutor(2) as pool:
+        return sum(pool.map(lambda name: import_alone(name, root), sorted(names)), [])
+
+
+def readme_matches() -> list[str]:
+    "README.md is what nbs/index.ipynb says."
+    return [] if readme.is_current() else ["README.md is not what nbs/index.ipynb says; mend with: make prepare"]
+
+
+STEPS = {"exported": exported, "readme": readme_matches, "lint": lint, "imports": imports}
+
+
+def main(names: list[str]) -> int:
+    complaints = 0
+    for name in names or STEPS:
+        found = STEPS[name]()
+        print(f"{name}: {'ok' if not found else ''}".rstrip(), *(f"  {line}" for line in found), sep="\n", flush=True)
+        complaints += len(found)
+    return 1 if complaints else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
