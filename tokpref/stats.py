@@ -128,7 +128,7 @@ def pick_chunk_size(
     budget = budget or (64 if device_type == "cpu" else 512) * 2**20
     return max(1, budget // (4 * 4 * vocab_size))
 
-# %% ../nbs/library/20_token_stats.ipynb #b6a35b7c
+# %% ../nbs/library/20_token_stats.ipynb #907630ce
 def base_model(model: nn.Module) -> nn.Module:
     "The transformers model inside DDP, torch.compile and PEFT wrappers."
     model = extract_model_from_parallel(model, keep_fp32_wrapper=True)
@@ -139,9 +139,10 @@ def split_head(model: nn.Module) -> Head | None:
     "The output head of a causal language model as a `Head`, or None if it is not a plain, whole linear layer."
     base = base_model(model)
     module = base.get_output_embeddings()
-    accepts = inspect.signature(base.forward).parameters
-    plain = type(module) is nn.Linear and type(module.weight) is nn.Parameter and module.weight.numel() > 0
-    if not plain or "logits_to_keep" not in accepts: return None
+    accepts = inspect.signature(type(base).forward).parameters
+    plain = type(module) is nn.Linear and type(module.weight) is nn.Parameter
+    whole = plain and module.weight.shape == (module.out_features, module.in_features)      # not so while FSDP or ZeRO-3 shards it
+    if not whole or "logits_to_keep" not in accepts: return None
     config = base.config.get_text_config()
     scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
     return Head(module.weight, module.bias, float(scale), getattr(config, "final_logit_softcapping", None))
@@ -165,12 +166,12 @@ def _catch_hidden(base: nn.Module) -> Iterator[list[Tensor]]:
     try: yield caught
     finally: hook.remove()
 
-# %% ../nbs/library/20_token_stats.ipynb #9334dd38
+# %% ../nbs/library/20_token_stats.ipynb #c520f91a
 def _model_inputs(base: nn.Module, batch: dict) -> dict:
     "The arguments of a forward pass: ids, mask, and position ids that start at the first real token."
     mask = batch["attention_mask"]
     inputs = dict(input_ids=batch["input_ids"], attention_mask=mask)
-    accepts = inspect.signature(base.forward).parameters
+    accepts = inspect.signature(type(base).forward).parameters
     if "position_ids" in accepts: inputs["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)
     if "use_cache" in accepts: inputs["use_cache"] = False
     return inputs
@@ -181,8 +182,9 @@ _split_is_safe: "weakref.WeakKeyDictionary[nn.Module, bool]" = weakref.WeakKeyDi
 
 def _scores_agree(head: Head, hidden: Tensor, own: Tensor) -> bool:
     "Whether the head gives the scores that the model itself computed at its last position."
-    ours = head.cast(hidden.device.type).logits(hidden[:, -1].detach())
-    tolerance = 1e-4 if own.dtype in (torch.float32, torch.float64) and head.weight.dtype == own.dtype else 5e-2
+    head = head.cast(hidden.device.type)
+    ours = head.logits(hidden[:, -1].detach())
+    tolerance = 1e-4 if head.weight.dtype in (torch.float32, torch.float64) else 5e-2
     return torch.allclose(ours.to(own.dtype), own[:, -1].detach(), rtol=tolerance, atol=tolerance, equal_nan=True)
 
 
