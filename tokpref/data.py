@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['log', 'LOADERS', 'shared_prefix', 'split_pair', 'check_tokenizer', 'encode_texts', 'encode_chat', 'cut_prompt',
-           'cut_response', 'fit', 'text_histogram', 'PrepReport', 'prepare', 'PreferenceCollator', 'describe_row',
-           'hh_pair', 'tldr_pair', 'chat_pair', 'qa_pair', 'to_messages', 'Loader', 'find_loader', 'data_root',
-           'load_texts', 'load_preferences']
+           'cut_response', 'fit', 'check_weights', 'text_histogram', 'PrepReport', 'prepare', 'PreferenceCollator',
+           'describe_row', 'hh_pair', 'tldr_pair', 'chat_pair', 'qa_pair', 'to_messages', 'Loader', 'find_loader',
+           'data_root', 'load_texts', 'load_preferences']
 
-# %% ../nbs/library/21_data.ipynb #064bcd55
+# %% ../nbs/library/21_data.ipynb #1748f28e
 import dataclasses
+import hashlib
 import logging
 import math
 import os
@@ -32,14 +33,14 @@ from .losses.types import nearest
 # %% ../nbs/library/21_data.ipynb #43545104
 log = logging.getLogger(__name__)
 
-# %% ../nbs/library/21_data.ipynb #528ba67e
+# %% ../nbs/library/21_data.ipynb #01283afd
 def shared_prefix(chosen: str | list, rejected: str | list) -> int:
     "How many characters (at a word boundary) or messages two responses share at the start; each side keeps at least one message."
     n, shortest = 0, min(len(chosen), len(rejected))
     while n < shortest and chosen[n] == rejected[n]: n += 1
     if not isinstance(chosen, str): return max(0, min(n, shortest - 1))
-    while n > 0 and not (n < len(chosen) and chosen[n].isspace() and n < len(rejected) and rejected[n].isspace()): n -= 1
-    return n
+    while n > 0 and not (chosen[n:n + 1].isspace() and rejected[n:n + 1].isspace()): n -= 1
+    return len(chosen[:n].rstrip())
 
 # %% ../nbs/library/21_data.ipynb #0fbfc7db
 def split_pair(
@@ -98,11 +99,12 @@ def encode_texts(
     closed = lambda ids: ids if ids[-1:] == end else ids + end
     return [(opened(flat[i]), closed(flat[i + 1]), closed(flat[i + 2])) for i in range(0, len(flat), 3)]
 
-# %% ../nbs/library/21_data.ipynb #37a118fb
+# %% ../nbs/library/21_data.ipynb #e6c3bd85
 def _template(tokenizer, messages: list[dict], options: dict, tokenize: bool, prompt: bool):
     "The chat template applied to `messages`: ids or text."
-    out = tokenizer.apply_chat_template(messages, tokenize=tokenize, add_generation_prompt=prompt,
-                                        **({"return_dict": True} if tokenize else {}), **options)
+    form = {"return_dict": True} if tokenize else {}
+    try: out = tokenizer.apply_chat_template(messages, tokenize=tokenize, add_generation_prompt=prompt, **form, **options)
+    except Exception as e: raise ValueError(f"the chat template refuses the messages ({e}): mend them, or set chat_template_kwargs") from e
     return list(out["input_ids"]) if tokenize else out
 
 
@@ -153,10 +155,14 @@ def fit(prompt: list[int], chosen: list[int], rejected: list[int], max_length: i
     if max_prompt_length or len(prompt) + longest > max_length: prompt = cut_prompt(prompt, limit, begin)
     return prompt, max_length - len(prompt)
 
-# %% ../nbs/library/21_data.ipynb #666b01d5
+# %% ../nbs/library/21_data.ipynb #bfd92593
 def _text_of(part) -> str:
-    "The words in a part of a pair."
-    return part if isinstance(part, str) else "".join(m.get("content") or "" for m in part)
+    "The words in a part of a pair; a `TypeError` for messages whose content is not text."
+    if isinstance(part, str): return part
+    words = [m.get("content") or "" for m in part]
+    for w in words:
+        if not isinstance(w, str): raise TypeError(f"a message's content is a {type(w).__name__}: it must be text")
+    return "".join(words)
 
 
 def _bad_text(prompt, chosen, rejected) -> str | None:
@@ -165,69 +171,72 @@ def _bad_text(prompt, chosen, rejected) -> str | None:
         if not _text_of(part).strip(): return f"empty {name}"
     return "identical responses" if chosen == rejected else None
 
-# %% ../nbs/library/21_data.ipynb #e653d7eb
-def _check_weights(weights, ids: list[int], name: str, row: int) -> list[float]:
-    "`weights` as floats, if there is one finite number per token of `ids`."
-    if weights is None or len(weights) != len(ids):
-        raise ValueError(f"row {row}: {name} needs one number per response token, end token included: "
-                         f"{len(ids)} tokens, {0 if weights is None else len(weights)} weights")
+# %% ../nbs/library/21_data.ipynb #7501a05f
+def check_weights(
+    weights: list[float] | None,    # one number per response token
+    ids: list[int],                 # the response's tokens, end token included
+    name: str = "weights",          # for the message
+) -> list[float]:                   # the weights as floats
+    "Raise `ValueError` unless there is one finite number per token."
+    count = 0 if weights is None else len(weights)
+    if count != len(ids):
+        raise ValueError(f"{name} needs one number per response token, end token included: {len(ids)} tokens, {count} weights")
     if not all(w is not None and math.isfinite(w) for w in weights):
-        raise ValueError(f"row {row}: {name} holds a value that is not finite: repair it or set it to 1.0")
+        raise ValueError(f"{name} holds a value that is not finite: repair it, or set it to 1.0")
     return [float(w) for w in weights]
 
-
+# %% ../nbs/library/21_data.ipynb #43b60bcd
 _SIDES = ("chosen", "rejected")
 
 
 def _finish(ids: tuple, row: int, weights: dict, spec: dict) -> dict:
     "One prepared row: truncated ids and weights, how many tokens were cut, and why the row is unusable (or an empty string)."
     prompt, *responses = ids
-    weights = {f"{side}_weights": _check_weights(weights[f"{side}_weights"], r, f"{side}_weights", row)
-               for side, r in zip(_SIDES, responses) if weights}
+    weights = {k: check_weights(w, r, k) for (k, w), r in zip(weights.items(), responses)}
     kept, room = fit(prompt, *responses, spec["max_length"], spec["max_prompt_length"], spec["begin"])
     short = [cut_response(r, room) for r in responses]
-    return {"prompt_ids": kept, "chosen_ids": short[0], "rejected_ids": short[1], "row": row,
-            "cut": [len(prompt) - len(kept), len(responses[0]) - len(short[0]), len(responses[1]) - len(short[1])],
+    parts = dict(prompt_ids=kept, chosen_ids=short[0], rejected_ids=short[1])
+    sizes = [len(ids) for ids in parts.values()]
+    return {**parts, "row": row, "size": sizes, "cut": [len(full) - n for full, n in zip(ids, sizes)],
             "why": "identical once truncated" if short[0] == short[1] else "",
-            **{name: cut_response(values, room) for name, values in weights.items()}}
+            **{k: cut_response(w, room) for k, w in weights.items()}}
 
-# %% ../nbs/library/21_data.ipynb #42988736
+# %% ../nbs/library/21_data.ipynb #359fb6bc
+def _read_pair(pair: dict, tokenizer, spec: dict) -> tuple:
+    "Why a raw row is unusable (or None), its texts (or None), and its ids (or None: not a chat)."
+    parts = split_pair(pair)
+    why = _bad_text(*parts)
+    if why or isinstance(parts[0], str): return why, parts, None
+    prompt, chosen, rejected = parts
+    (prompt_ids, chosen_ids), (_, rejected_ids) = (encode_chat(prompt, r, tokenizer, spec["chat_template_kwargs"])
+                                                   for r in (chosen, rejected))
+    return None, None, (prompt_ids, chosen_ids, rejected_ids)
+
+
+def _named(call: Callable, name: str, row: int):
+    "`call()`, its errors opened with the dataset's name and the row."
+    try: return call()
+    except (TypeError, ValueError) as e:
+        raise (TypeError if isinstance(e, TypeError) else ValueError)(f"{name}: row {row}: {e}") from None
+
+# %% ../nbs/library/21_data.ipynb #40628a7d
+_WEIGHTS = ("chosen_weights", "rejected_weights")
+_EMPTY = {"prompt_ids": [], "chosen_ids": [], "rejected_ids": [], "size": [0, 0, 0], "cut": [0, 0, 0]}
+
+
 def _encode_batch(batch: dict, rows: list[int], tokenizer, spec: dict) -> dict:
     "Columns of raw rows to columns of prepared rows (for `Dataset.map`)."
-    out, texts = [], []
-    for i, row in enumerate(rows):
-        pair = {name: values[i] for name, values in batch.items()}
-        try:
-            parts = split_pair(pair)
-            why = _bad_text(*parts)
-            chat = why is None and not isinstance(parts[0], str)
-            if chat: parts = _encode_chat_pair(*parts, tokenizer, spec["chat_template_kwargs"])
-        except (TypeError, ValueError) as e: raise type(e)(f"row {row}: {e}") from None
-        weights = {k: pair[k] for k in ("chosen_weights", "rejected_weights") if k in pair}
-        out.append((row, why, parts if chat else None, weights))
-        if why is None and not chat: texts.append(parts)
-    encoded = iter(encode_texts(texts, tokenizer))
-    done = [{**_EMPTY, **({w: [] for w in weights}), "row": row, "why": why} if why
-            else _finish(ids or next(encoded), row, weights, spec) for row, why, ids, weights in out]
-    return {name: [d[name] for d in done] for name in done[0]}
+    pairs = [dict(zip(batch, values)) for values in zip(*batch.values())]
+    read = [_named(partial(_read_pair, pair, tokenizer, spec), spec["name"], row) for pair, row in zip(pairs, rows)]
+    encoded = iter(encode_texts([texts for why, texts, ids in read if not why and not ids], tokenizer))
+    done = []
+    for pair, row, (why, _, ids) in zip(pairs, rows, read):
+        weights = {k: pair[k] for k in _WEIGHTS if k in pair}
+        if why: done.append({**_EMPTY, **dict.fromkeys(weights, []), "row": row, "why": why})
+        else: done.append(_named(partial(_finish, ids or next(encoded), row, weights, spec), spec["name"], row))
+    return {k: [d[k] for d in done] for k in done[0]}
 
-
-_EMPTY = {"prompt_ids": [], "chosen_ids": [], "rejected_ids": [], "cut": [0, 0, 0]}
-
-
-def _features(columns: list[str]) -> datasets.Features:
-    "Column types of a prepared dataset."
-    ids, number = datasets.Sequence(datasets.Value("int32")), datasets.Sequence(datasets.Value("float32"))
-    return datasets.Features({"prompt_ids": ids, "chosen_ids": ids, "rejected_ids": ids, "cut": ids, "row": datasets.Value("int64"),
-                              "why": datasets.Value("string"), **{c: number for c in columns if c.endswith("_weights")}})
-
-
-def _encode_chat_pair(prompt, chosen, rejected, tokenizer, options) -> tuple:
-    "Ids of prompt, chosen and rejected of a chat pair."
-    (prompt_ids, chosen_ids), (_, rejected_ids) = (encode_chat(prompt, r, tokenizer, options) for r in (chosen, rejected))
-    return prompt_ids, chosen_ids, rejected_ids
-
-# %% ../nbs/library/21_data.ipynb #6ed68a69
+# %% ../nbs/library/21_data.ipynb #38ebde2e
 def _kind(feature) -> str:
     "`text`, `messages`, or the Arrow type of a column that is neither."
     if getattr(feature, "dtype", None) in ("string", "large_string"): return "text"
@@ -236,6 +245,13 @@ def _kind(feature) -> str:
     return "null" if getattr(feature, "dtype", None) == "null" else str(feature)
 
 
+def _features(columns: list[str]) -> datasets.Features:
+    "Column types of a prepared dataset, before the columns that only the report needs are removed."
+    ids, numbers = datasets.Sequence(datasets.Value("int32")), datasets.Sequence(datasets.Value("float32"))
+    return datasets.Features({**dict.fromkeys(_EMPTY, ids), "row": datasets.Value("int64"), "why": datasets.Value("string"),
+                              **{c: numbers for c in columns if c in _WEIGHTS}})
+
+# %% ../nbs/library/21_data.ipynb #5e6276bb
 def _check_columns(dataset, name: str) -> None:
     "Raise unless `dataset` is a `Dataset` with rows whose preference columns exist and have a known type."
     if not isinstance(dataset, Dataset):
@@ -253,7 +269,7 @@ def _check_columns(dataset, name: str) -> None:
     if ("chosen_weights" in columns) != ("rejected_weights" in columns):
         raise ValueError(f"{name}: chosen_weights and rejected_weights come together, one of the two is missing")
 
-
+# %% ../nbs/library/21_data.ipynb #3538d74c
 def _check_lengths(max_length: int, max_prompt_length: int | None) -> None:
     "Raise `ValueError` unless a prompt and a response can fit."
     if max_length < 4: raise ValueError(f"max_length must be at least 4 tokens, got {max_length}")
@@ -261,7 +277,7 @@ def _check_lengths(max_length: int, max_prompt_length: int | None) -> None:
         raise ValueError(f"max_prompt_length must lie between 1 and max_length - 2 = {max_length - 2}, got {max_prompt_length}: "
                          "the response needs room")
 
-# %% ../nbs/library/21_data.ipynb #6658c59f
+# %% ../nbs/library/21_data.ipynb #59631ef5
 _QUANTILES = {"min": 0.0, "median": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
 
 
@@ -275,13 +291,14 @@ def text_histogram(
     bins: int = 8,          # at most this many lines
     width: int = 40,        # characters of the longest bar
 ) -> str:                   # one line a bin
-    "A histogram to print: equal bins from 0 to the largest value."
-    step = max(1, math.ceil((int(values.max()) + 1) / bins))
-    counts = np.bincount(values // step)
-    marks = [f"{i * step:>6}-{(i + 1) * step - 1:<6}" for i in range(len(counts))]
+    "A histogram to print: equal bins from the smallest to the largest value."
+    low, high = int(values.min()), int(values.max())
+    step = math.ceil((high - low + 1) / bins)
+    counts = np.bincount((values - low) // step)
+    marks = [f"{start:>6}-{start + step - 1:<6}" for start in range(low, high + 1, step)]
     return "\n".join(f"  {m} {'█' * math.ceil(width * c / counts.max())} {c}" for m, c in zip(marks, counts))
 
-# %% ../nbs/library/21_data.ipynb #c1ea96ab
+# %% ../nbs/library/21_data.ipynb #a1e66992
 @dataclass
 class PrepReport:
     "What `prepare` did to a dataset; `print` it, or take `.to_dict()`."
@@ -290,7 +307,8 @@ class PrepReport:
     rows: int                       # rows given
     kept: int                       # rows that can be trained on
     dropped: dict[str, int]         # reason -> rows
-    truncated: dict[str, int]       # prompt, chosen, rejected -> rows that lost tokens there
+    dropped_rows: dict[str, list[int]]  # reason -> the first few of them
+    truncated: dict[str, int]       # prompt, chosen, rejected -> kept rows that lost tokens there
     lengths: dict[str, dict]        # prompt, chosen, rejected, sequence -> mean and quantiles, in tokens, after truncation
     histogram: str                  # of prompt + longer response
     examples: list[dict] = field(default_factory=list)  # decoded rows
@@ -303,39 +321,92 @@ class PrepReport:
         return {k: v for k, v in dataclasses.asdict(self).items() if k != "histogram"}
 
     def __str__(self) -> str:
-        lines = [f"{self.name}: {self.kept:,} of {self.rows:,} pairs kept"]
-        if self.note: lines.append(f"  {self.note}")
-        lines += [f"  dropped {n:,}: {why}" for why, n in self.dropped.items()]
-        lines += [f"  truncated {part}: {n:,} rows ({n / max(self.kept, 1):.1%})" for part, n in self.truncated.items() if n]
-        lines += [f"  {'tokens':<9}" + "".join(f"{k:>8}" for k in next(iter(self.lengths.values())))]
-        lines += [f"  {part:<9}" + "".join(f"{v:>8}" for v in q.values()) for part, q in self.lengths.items()]
-        lines += [f"  prompt + longer response, at most {self.max_length} tokens:", self.histogram]
-        for e in self.examples:
-            lines += [f"  row {e['row']}"] + [f"    {part:<9}{_shorten(e[part])}" for part in ("prompt", "chosen", "rejected")]
-        return "\n".join(lines)
+        return "\n".join([f"{self.name}: {self.kept:,} of {self.rows:,} pairs kept", *_report_losses(self), *_report_lengths(self),
+                          *(line for example in self.examples for line in _report_example(example))])
 
-# %% ../nbs/library/21_data.ipynb #c02558f3
+# %% ../nbs/library/21_data.ipynb #8b160be8
 def _shorten(text: str, width: int = 90) -> str:
     "One line of at most about `width` characters, both ends kept."
     text = repr(text)[1:-1]
     return text if len(text) <= width else text[:width // 2] + " … " + text[-width // 2:]
 
 
-def _report(name: str, full: Dataset, kept: Dataset, examples: list, limits: dict) -> PrepReport:
-    "Count and measure what was kept."
-    lengths = {part: np.array([len(x) for x in kept[f"{part}_ids"]]) for part in ("prompt", "chosen", "rejected")}
-    lengths["sequence"] = lengths["prompt"] + np.maximum(lengths["chosen"], lengths["rejected"])
-    cut = np.array(kept["cut"]) > 0
-    note = full.info.description.removeprefix(_NOTE) if (full.info.description or "").startswith(_NOTE) else ""
-    return PrepReport(name=name, rows=len(full), kept=len(kept), dropped=dict(Counter(w for w in full["why"] if w)),
-                      truncated=dict(zip(("prompt", "chosen", "rejected"), cut.sum(0).tolist())),
+def _report_losses(report: PrepReport) -> list[str]:
+    "Lines on where the data is from, what was dropped, and what was truncated."
+    rows = {why: ", ".join(map(str, first)) + (", ..." if report.dropped[why] > len(first) else "")
+            for why, first in report.dropped_rows.items()}
+    return [*([f"  from {report.note}"] if report.note else []),
+            *(f"  dropped {n:,}: {why} (rows {rows[why]})" for why, n in report.dropped.items()),
+            *(f"  truncated {part}: {n:,} rows ({n / report.kept:.1%})" for part, n in report.truncated.items() if n)]
+
+
+def _report_lengths(report: PrepReport) -> list[str]:
+    "A table of quantiles and the histogram."
+    head = "  tokens   " + "".join(f"{k:>8}" for k in next(iter(report.lengths.values())))
+    table = [f"  {part:<9}" + "".join(f"{v:>8}" for v in q.values()) for part, q in report.lengths.items()]
+    return [head, *table, f"  prompt + longer response, at most {report.max_length} tokens:", report.histogram]
+
+
+def _report_example(example: dict) -> list[str]:
+    "A decoded row."
+    return [f"  row {example['row']}", *(f"    {part:<10}{_shorten(example[part])}" for part in ("prompt", *_SIDES))]
+
+# %% ../nbs/library/21_data.ipynb #2bb336e4
+_NOTE, _QUIET = "tokpref: ", "no examples shown"
+
+
+def _note(dataset: Dataset) -> str:
+    "What `load_preferences` wrote into the dataset's description, if it did."
+    text = dataset.info.description or ""
+    return text.removeprefix(_NOTE) if text.startswith(_NOTE) else ""
+
+
+def _report(name: str, full: Dataset, good: list[int], examples: list, limits: dict) -> PrepReport:
+    "Count and measure the rows `good` of all prepared rows."
+    why, (prompt, chosen, rejected) = full["why"], np.array(full["size"])[good].T
+    lengths = dict(prompt=prompt, chosen=chosen, rejected=rejected, sequence=prompt + np.maximum(chosen, rejected))
+    bad = {}
+    for row, reason in enumerate(why):
+        if reason: bad.setdefault(reason, []).append(row)
+    cut = (np.array(full["cut"])[good] > 0).sum(0).tolist()
+    return PrepReport(name=name, rows=len(full), kept=len(good), dropped={k: len(v) for k, v in bad.items()},
+                      dropped_rows={k: v[:5] for k, v in bad.items()}, truncated=dict(zip(("prompt", *_SIDES), cut)),
                       lengths={k: _quantiles(v) for k, v in lengths.items()}, histogram=text_histogram(lengths["sequence"]),
-                      examples=examples, note=note, **limits)
+                      examples=examples, note=_note(full), **limits)
+
+# %% ../nbs/library/21_data.ipynb #b14f9430
+def _code_digest(function: Callable) -> str:
+    "Digest of the file a function is defined in; empty where there is none, as in a notebook (there its code is hashed)."
+    path = Path(getattr(function, "__code__", _code_digest.__code__).co_filename)
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+
+# %% ../nbs/library/21_data.ipynb #d0962d2c
+def _encode(dataset: Dataset, tokenizer, spec: dict, num_proc: int | None) -> Dataset:
+    "All rows of `dataset` through `_encode_batch`."
+    columns = [c for c in ("prompt", *_SIDES, *_WEIGHTS) if c in dataset.column_names]
+    bos = tokenizer.bos_token_id
+    spec = dict(spec, begin=[] if bos is None else [bos], code=_code_digest(_encode_batch))
+    return dataset.select_columns(columns).map(
+        _encode_batch, with_indices=True, batched=True, batch_size=500, num_proc=num_proc, remove_columns=columns,
+        features=_features(columns), fn_kwargs=dict(tokenizer=tokenizer, spec=spec), desc=f"tokenising {spec['name']}")
 
 
-_NOTE = "tokpref: "
+def _good_rows(why: list[str], name: str, on_bad_row: str) -> list[int]:
+    "Which rows are usable; `ValueError` for bad rows if asked to, or if no good one is left."
+    why = list(why)
+    bad, good = [i for i, w in enumerate(why) if w], [i for i, w in enumerate(why) if not w]
+    if bad and on_bad_row == "raise":
+        raise ValueError(f"{name}: row {bad[0]}: {why[bad[0]]} ({len(bad)} bad rows): mend them, or pass on_bad_row='drop'")
+    if not good:
+        raise ValueError(f"{name}: no row is left of {len(why)} ({dict(Counter(why))}; row 0: {why[0]}): check the columns and max_length")
+    return good
 
-# %% ../nbs/library/21_data.ipynb #9fc5c016
+
+def _decode(row: dict, tokenizer) -> dict:
+    "A prepared row as text."
+    return {"row": row["row"], **{part: tokenizer.decode(row[f"{part}_ids"]) for part in ("prompt", "chosen", "rejected")}}
+
+# %% ../nbs/library/21_data.ipynb #068dff51
 def prepare(
     dataset: Dataset | list[dict],      # preference pairs in any format `split_pair` reads
     tokenizer,                          # a transformers tokenizer with an end token
@@ -352,33 +423,29 @@ def prepare(
     if isinstance(dataset, list): dataset = Dataset.from_list(dataset)
     _check_columns(dataset, name); _check_lengths(max_length, max_prompt_length); check_tokenizer(tokenizer, pad=False)
     limits = dict(max_length=max_length, max_prompt_length=max_prompt_length)
-    spec = dict(limits, begin=_begin_ids(tokenizer), chat_template_kwargs=chat_template_kwargs)
-    columns = [c for c in ("prompt", "chosen", "rejected", "chosen_weights", "rejected_weights") if c in dataset.column_names]
-    full = dataset.select_columns(columns).map(
-        _encode_batch, with_indices=True, batched=True, batch_size=500, num_proc=num_proc, remove_columns=columns,
-        features=_features(columns), fn_kwargs=dict(tokenizer=tokenizer, spec=spec), desc=f"tokenising {name}")
-    why = full["why"]
-    good = [i for i, w in enumerate(why) if not w]
-    _check_bad(name, why, good, on_bad_row)
-    kept = full.select(good).remove_columns("why")
+    full = _encode(dataset, tokenizer, dict(limits, chat_template_kwargs=chat_template_kwargs, name=name), num_proc)
+    good = _good_rows(full["why"], name, on_bad_row)
+    kept = (full if len(good) == len(full) else full.select(good)).remove_columns(["why", "size"])
+    if _note(full).endswith(_QUIET): examples = 0
     shown = [_decode(kept[i], tokenizer) for i in range(min(examples, len(kept)))]
-    return kept, _report(name, full, kept, shown, limits)
+    return kept, _report(name, full, good, shown, limits)
+
+# %% ../nbs/library/21_data.ipynb #5fec7b70
+def _pad(values: list[list], fill: float, length: int, left: bool = False) -> torch.Tensor:
+    "Rows of differing length to one tensor [len(values), length]."
+    gaps = [[fill] * (length - len(v)) for v in values]
+    return torch.tensor([g + v if left else v + g for v, g in zip(values, gaps)])
 
 
-def _check_bad(name: str, why: list[str], good: list[int], on_bad_row: str) -> None:
-    "Raise `ValueError` for bad rows if asked to, or if no good one is left."
-    bad = [i for i, w in enumerate(why) if w]
-    if bad and on_bad_row == "raise":
-        raise ValueError(f"{name}: row {bad[0]}: {why[bad[0]]} ({len(bad)} bad rows): mend them, or pass on_bad_row='drop'")
-    if not good:
-        raise ValueError(f"{name}: no row is left of {len(why)} ({dict(Counter(why))}; row 0: {why[0]}): check the columns and max_length")
+def _per_token(rows: list[dict], what: str) -> list[list[float]]:
+    "`chosen_<what>` of all rows, then `rejected_<what>`, each as long as its response; empty if the rows have none."
+    if not any(f"{side}_{what}" in rows[0] for side in _SIDES): return []
+    out = [(row, f"{side}_{what}", row[f"{side}_{what}"], len(row[f"{side}_ids"])) for side in _SIDES for row in rows]
+    for row, name, values, n in out:
+        if len(values) != n: raise ValueError(f"row {row.get('row')}: {name} has {len(values)} values for {n} response tokens")
+    return [[float(v) for v in values] for _, _, values, _ in out]
 
-
-def _decode(row: dict, tokenizer) -> dict:
-    "A prepared row as text."
-    return {"row": row["row"], **{part: tokenizer.decode(row[f"{part}_ids"]) for part in ("prompt", "chosen", "rejected")}}
-
-# %% ../nbs/library/21_data.ipynb #2d2ada74
+# %% ../nbs/library/21_data.ipynb #1fc61097
 @dataclass
 class PreferenceCollator:
     """Prepared rows to a batch: `input_ids`, `attention_mask`, `completion_mask`, each long [2B, L], chosen rows first, and `row` [B].
@@ -394,39 +461,24 @@ class PreferenceCollator:
     def __post_init__(self):
         if self.pad_token_id is None: raise ValueError("pad_token_id is None: set tokenizer.pad_token = tokenizer.eos_token (safe here)")
         if self.padding_side not in ("right", "left"): raise ValueError(f"padding_side must be 'right' or 'left', got {self.padding_side!r}")
-        if self.pad_to_multiple_of is not None and self.pad_to_multiple_of < 1: raise ValueError("pad_to_multiple_of must be at least 1")
+        if (self.pad_to_multiple_of or 1) < 1: raise ValueError(f"pad_to_multiple_of must be positive, got {self.pad_to_multiple_of}")
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         if not rows: raise ValueError("cannot collate an empty list of rows")
         pairs = [(row["prompt_ids"], row[f"{side}_ids"]) for side in _SIDES for row in rows]
-        step = self.pad_to_multiple_of or 1
-        length = -(-max(len(p) + len(r) for p, r in pairs) // step) * step
-        batch = {"input_ids": self._pad([p + r for p, r in pairs], self.pad_token_id, length),
-                 "attention_mask": self._pad([[1] * len(p + r) for p, r in pairs], 0, length),
-                 "completion_mask": self._pad([[0] * len(p) + [1] * len(r) for p, r in pairs], 0, length),
+        batch = {"input_ids": self.pad([p + r for p, r in pairs], self.pad_token_id),
+                 "attention_mask": self.pad([[1] * len(p + r) for p, r in pairs], 0),
+                 "completion_mask": self.pad([[0] * len(p) + [1] * len(r) for p, r in pairs], 0),
                  "row": torch.tensor([row.get("row", i) for i, row in enumerate(rows)])}
-        if "chosen_weights" in rows[0]:
-            batch["weights"] = self._pad([[0.0] * len(p) + w for (p, _), w in zip(pairs, _per_token(rows, "weights"))], 0.0, length)
-        if "chosen_ref_logps" in rows[0]:
-            values = _per_token(rows, "ref_logps")
-            batch["ref_logps"] = torch.tensor([v + [0.0] * (max(map(len, values)) - len(v)) for v in values])
+        if (weights := _per_token(rows, "weights")):
+            batch["weights"] = self.pad([[0.0] * len(p) + w for (p, _), w in zip(pairs, weights)], 0.0)
+        if (ref_logps := _per_token(rows, "ref_logps")): batch["ref_logps"] = _pad(ref_logps, 0.0, max(map(len, ref_logps)))
         return batch
 
-    def _pad(self, values: list[list], fill, length: int) -> torch.Tensor:
-        "Rows of differing length to one tensor [len(values), length]."
-        gaps = [[fill] * (length - len(v)) for v in values]
-        return torch.tensor([g + v if self.padding_side == "left" else v + g for v, g in zip(values, gaps)])
-
-
-def _per_token(rows: list[dict], what: str) -> list[list[float]]:
-    "`chosen_<what>` of all rows, then `rejected_<what>`, each as long as its response."
-    out = []
-    for side in _SIDES:
-        for i, row in enumerate(rows):
-            values, n = row[f"{side}_{what}"], len(row[f"{side}_ids"])
-            if len(values) != n: raise ValueError(f"row {row.get('row', i)}: {side}_{what} has {len(values)} values for {n} response tokens")
-            out.append([float(v) for v in values])
-    return out
+    def pad(self, values: list[list], fill: float) -> torch.Tensor:
+        "Rows of differing length to one tensor [len(values), L], padded with `fill` on `padding_side`."
+        step = self.pad_to_multiple_of or 1
+        return _pad(values, fill, -(-max(map(len, values)) // step) * step, left=self.padding_side == "left")
 
 # %% ../nbs/library/21_data.ipynb #d69cbbf7
 def describe_row(
@@ -540,7 +592,7 @@ def find_loader(source: str) -> Loader | None:
     path = source.replace(os.sep, "/").rstrip("/")
     return next((l for l in LOADERS.values() if path == l.hub_id or path.endswith("/" + l.hub_id)), None)
 
-# %% ../nbs/library/21_data.ipynb #4aa2f8ad
+# %% ../nbs/library/21_data.ipynb #7c0316f7
 def data_root() -> Path | None:
     "The directory that `TOKPREF_DATA` names, or None if it is not set. Raises `FileNotFoundError` if it is set to what is no directory."
     value = os.environ.get("TOKPREF_DATA")
@@ -549,93 +601,112 @@ def data_root() -> Path | None:
     if not root.is_dir(): raise FileNotFoundError(f"TOKPREF_DATA={value} is not a directory: set it to one laid out like the hub, or unset it")
     return root
 
+# %% ../nbs/library/21_data.ipynb #db25e289
+_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
-_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+
+def _split(split: str) -> tuple[str, str]:
+    "Name and slice of a split such as `train[:100]`."
+    name, rest = re.match(r"([^\[]*)(.*)", split).groups()
+    return name, rest
+
+
+def _file(path: Path, split: str) -> Dataset:
+    "The rows of one file, or a slice of them."
+    if not path.is_file(): raise FileNotFoundError(f"no file {path}")
+    name, rest = _split(split)
+    if name != "train" and name not in path.name:
+        raise ValueError(f"a file is one split: pass split='train{rest}', or a file with {name!r} in its name")
+    return load_dataset(_FORMATS[Path(path.name.removesuffix(".gz")).suffix], data_files=str(path), split="train" + rest)
+
+# %% ../nbs/library/21_data.ipynb #697c0001
+def _folder(folder: Path, split: str, loader: Loader) -> Dataset:
+    "A split of a folder laid out like a hub dataset, or of one written by `save_to_disk`."
+    if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+        saved = datasets.load_from_disk(str(folder))
+        if isinstance(saved, Dataset): saved = {str(saved.split or "train"): saved}
+        if split not in saved: raise ValueError(f"Unknown split {split!r}. Should be one of {list(saved)} (a saved dataset has no slices)")
+        return saved[split]
+    data_dir = loader.data_dir if loader.data_dir and (folder / loader.data_dir).is_dir() else None
+    return load_dataset(str(folder), name=loader.config, data_dir=data_dir, split=split)
+
+# %% ../nbs/library/21_data.ipynb #71d0633f
+def _hub(source: str, split: str, loader: Loader, root: Path | None) -> Dataset:
+    "A split of a dataset on the hub; one line on what to do if it cannot be had."
+    try: return load_dataset(loader.hub_id, name=loader.config, data_dir=loader.data_dir, revision=loader.revision, split=split)
+    except OSError as e:
+        here = f"{root / loader.hub_id} does not exist" if root else "TOKPREF_DATA is not set"
+        known = nearest(source, LOADERS) if find_loader(source) is None else ""
+        raise FileNotFoundError(f"cannot reach dataset {loader.hub_id!r}: {here}, and the hub did not give it ({type(e).__name__}): set "
+                                f"TOKPREF_DATA to a directory that holds {loader.hub_id}, or go online{known}") from None
 
 
 def _open(source: str, split: str, loader: Loader) -> Dataset:
-    "The raw split of a file, a local folder, or a hub dataset, in this order."
+    "The raw split of a file, of a local folder, or of a hub dataset, in this order."
     path, root = Path(source).expanduser(), data_root()
-    suffix = Path(path.name.removesuffix(".gz")).suffix
-    if suffix in _FORMATS and not path.is_dir():
-        if not path.is_file(): raise FileNotFoundError(f"no file {source}")
-        part = re.sub(r"^\w+", "train", split)
-        return load_dataset(_FORMATS[suffix], data_files=str(path), split=part)
-    local = path if path.is_dir() else root / loader.hub_id if root and (root / loader.hub_id).is_dir() else None
-    name, rest = re.match(r"([^\[]*)(.*)", split).groups()
+    if Path(path.name.removesuffix(".gz")).suffix in _FORMATS and not path.is_dir(): return _file(path, split)
+    name, rest = _split(split)
     split = dict(loader.splits).get(name, name) + rest
-    options = dict(name=loader.config, data_dir=loader.data_dir, split=split)
-    if local: return _local(local, options)
-    try: return load_dataset(loader.hub_id, revision=loader.revision, **options)
-    except (OSError, datasets.exceptions.DatasetNotFoundError) as e:
-        raise FileNotFoundError(_unreachable(source, loader, root, e)) from None
+    if source not in LOADERS and path.is_dir(): return _folder(path, split, loader)
+    if root and (root / loader.hub_id).is_dir(): return _folder(root / loader.hub_id, split, loader)
+    return _hub(source, split, loader, root)
 
-
-def _unreachable(source: str, loader: Loader, root: Path | None, error: Exception) -> str:
-    "One line on why a dataset could not be had."
-    here = f"{root / loader.hub_id} does not exist" if root else "TOKPREF_DATA is not set"
-    known = nearest(source, [*LOADERS, *(l.hub_id for l in LOADERS.values())]) if find_loader(source) is None else ""
-    return (f"cannot reach dataset {loader.hub_id!r}: {here}, and the hub does not answer with it ({type(error).__name__}): "
-            f"set TOKPREF_DATA to a directory that holds {loader.hub_id}, or go online{known}")
-
-
-def _local(folder: Path, options: dict) -> Dataset:
-    "A split of a folder laid out like a hub dataset, or saved with `save_to_disk`."
-    if (folder / "dataset_info.json").is_file(): return datasets.load_from_disk(str(folder))
-    if options["data_dir"] and not (folder / options["data_dir"]).is_dir(): options = {**options, "data_dir": None}
-    return load_dataset(str(folder), **options)
-
-# %% ../nbs/library/21_data.ipynb #7e806156
+# %% ../nbs/library/21_data.ipynb #54cb42df
 def load_texts(
-    source: str | Path,         # alias, hub id, folder or file
+    source: str | Path,         # alias, hub id, folder, or .jsonl, .json, .parquet file, gzipped or not
     split: str = "train",       # or a slice such as "train[:100]"
     config: str | None = None,  # configuration; None: the loader's
     data_dir: str | None = None,    # folder inside the dataset; None: the loader's
 ) -> Dataset:                   # the columns as they are
-    "A dataset as it is. Raises `FileNotFoundError` if it can be found nowhere, `ValueError` for a split it does not have."
+    "A dataset as it is. Raises `FileNotFoundError` if it can be found nowhere, `ValueError` for a split it does not have or a broken file."
     loader = find_loader(str(source)) or Loader(str(source))
     loader = dataclasses.replace(loader, config=config or loader.config, data_dir=data_dir or loader.data_dir)
     try: return _open(str(source), split, loader)
-    except ValueError as e: raise ValueError(f"{source}, split {split!r}: {str(e).splitlines()[0]}") from None
+    except (ValueError, datasets.exceptions.DatasetGenerationError) as e:
+        raise ValueError(f"{source}, split {split!r}: {str(e.__cause__ or e).splitlines()[0]}") from None
 
-# %% ../nbs/library/21_data.ipynb #722cb73b
+# %% ../nbs/library/21_data.ipynb #86326b5a
 def load_preferences(
-    source: str | Path,         # alias, hub id, folder, or .jsonl, .json, .parquet, .jsonl.gz file
+    source: str | Path,         # alias, hub id, folder, or .jsonl, .json, .parquet file, gzipped or not
     split: str = "train",       # or a slice such as "train[:100]"
     config: str | None = None,  # configuration; None: the loader's
     data_dir: str | None = None,    # folder inside the dataset, such as "harmless-base"
     as_messages: bool = False,  # text pairs as chat messages
-) -> Dataset:                   # columns prompt, chosen, rejected (for unnamed sources, the columns there are)
+) -> Dataset:                   # columns prompt, chosen, rejected (of a source without a loader, its own columns)
     "Preference pairs from anywhere. What a loader leaves out is logged, and repeated in the preparation report. Errors as `load_texts`."
     loader, raw = find_loader(str(source)), load_texts(source, split, config, data_dir)
-    if loader is None and not as_messages: return raw
-    if loader is not None and loader.convert is None:
-        raise ValueError(f"{source} holds texts, not preferences: use load_texts({str(source)!r}, {split!r})")
-    if loader is None: return raw.map(_wrap)
-    convert = partial(_convert, loader=loader, as_messages=as_messages)
-    full = raw.map(convert, remove_columns=raw.column_names, desc=f"reading {loader.hub_id}")
+    if loader is None: return raw.map(_wrap, features=_chat_features(raw)) if as_messages else raw
+    if loader.convert is None: raise ValueError(f"{source} holds texts, not preferences: use load_texts({str(source)!r}, {split!r})")
+    options = dict(loader=loader, as_messages=as_messages, code=_code_digest(_convert) + _code_digest(loader.convert))
+    full = raw.map(_convert, fn_kwargs=options, remove_columns=raw.column_names, desc=f"reading {loader.hub_id}")
     return _leave_out(full, loader)
+
+# %% ../nbs/library/21_data.ipynb #61fb17a0
+def _convert(row: dict, loader: Loader, as_messages: bool, code: str) -> dict:
+    "One row of a named dataset; `skip` and `note` are empty when there is nothing to say. `code` only tells caches apart."
+    pair = {k: row[k] for k in ("prompt", *_SIDES)} if loader.bare and as_messages else loader.convert(row)
+    return {"skip": "", "note": "", **(to_messages(pair) if as_messages else pair)}
 
 
 def _wrap(row: dict) -> dict:
-    "Any text pair as messages."
-    return to_messages({**row, **dict(zip(("prompt", "chosen", "rejected"), split_pair(row)))})
+    "Any pair of texts, its prompt implicit or not, as messages."
+    return {**row, **to_messages(dict(zip(("prompt", *_SIDES), split_pair(row))))}
 
 
-def _convert(row: dict, loader: Loader, as_messages: bool) -> dict:
-    "One row of a named dataset; `skip` and `note` are empty when there is nothing to say."
-    pair = {k: row[k] for k in ("prompt", "chosen", "rejected")} if loader.bare and as_messages else loader.convert(row)
-    if as_messages: pair = to_messages(pair)
-    return {"skip": "", "note": "", **pair}
+def _chat_features(raw: Dataset) -> datasets.Features:
+    "The columns of `raw` with the three of a pair as messages."
+    message = {"role": datasets.Value("string"), "content": datasets.Value("string")}
+    return datasets.Features({**raw.features, **dict.fromkeys(("prompt", *_SIDES), [message])})
 
 
 def _leave_out(full: Dataset, loader: Loader) -> Dataset:
     "Drop the rows with a `skip`, and write into the dataset's description what was done."
-    skip, note = full["skip"], full["note"]
-    said = [f"left out {n} of {len(full)} rows: {why}" for why, n in Counter(filter(None, skip)).items()]
-    said += [f"{n} rows: {why}" for why, n in Counter(filter(None, note)).items()]
-    for line in said: log.warning("%s: %s", loader.hub_id, line)
-    kept = full.select([i for i, s in enumerate(skip) if not s]) if any(skip) else full
+    skip = list(full["skip"])
+    said = [f"left out {n} of {len(skip)} rows: {why}" for why, n in Counter(filter(None, skip)).items()]
+    said += [f"{n} of {len(skip)} rows: {why}" for why, n in Counter(filter(None, full["note"])).items()]
+    if said: log.warning("%s: %s", loader.hub_id, "; ".join(said))
+    kept = full.select([i for i, why in enumerate(skip) if not why]) if any(skip) else full
     kept = kept.remove_columns(["skip", "note"])
-    kept.info.description = _NOTE + "; ".join([loader.hub_id] + said + ([loader.warning] if loader.warning else []))
+    quiet = [loader.warning, _QUIET] if loader.warning else []
+    kept.info.description = _NOTE + "; ".join([f"{loader.hub_id}, licence {loader.licence or 'unknown'}", *said, *quiet])
     return kept
