@@ -15,10 +15,11 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-# %% ../nbs/library/22_trainer.ipynb #0a4d6378
+# %% ../nbs/library/22_trainer.ipynb #5a0e78f8
 import torch
 import transformers
 from accelerate.utils import gather_object
+from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -98,14 +99,14 @@ def disable_dropout(model: nn.Module) -> None:
         if isinstance(module, nn.Dropout): module.p = 0.0
         if isinstance(getattr(module, "attention_dropout", None), float): module.attention_dropout = 0.0
 
-# %% ../nbs/library/22_trainer.ipynb #d62c4dea
+# %% ../nbs/library/22_trainer.ipynb #917d659d
 def add_ref_logps(
-    dataset,                                # prepared rows
+    dataset: Dataset,                       # prepared rows
     ref_model: nn.Module,                   # scores them, without gradient
     collator: PreferenceCollator,           # makes the batches
     batch_size: int = 8,                    # pairs per batch
     process: tuple[int, int] = (0, 1),      # index of this process, number of processes
-) -> "datasets.Dataset":                    # with columns chosen_ref_logps and rejected_ref_logps, one float per response token
+) -> Dataset:                               # with columns chosen_ref_logps and rejected_ref_logps, one float per response token
     "The prepared rows with the reference's log-probabilities."
     index, world = process
     loader = DataLoader(dataset.select(range(index, len(dataset), world)), batch_size, collate_fn=collator)

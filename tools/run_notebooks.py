@@ -12,8 +12,13 @@ import nbformat
 from nbclient import NotebookClient
 
 ROOT = Path(__file__).resolve().parent.parent
-QUIET = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1",
-         "PYTHONWARNINGS": "ignore"}
+QUIET = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": "ignore",
+         "HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+
+
+def worth_keeping(output: dict) -> bool:
+    "Not a warning, not a progress bar."
+    return output.get("name") != "stderr" and "%|" not in str(output.get("data", {}).get("text/plain", ""))
 
 
 def run(path: Path) -> None:
@@ -27,7 +32,7 @@ def run(path: Path) -> None:
     for cell in nb.cells:
         cell.metadata = {k: v for k, v in cell.metadata.items() if k == "tags"}
         if cell.cell_type == "code":
-            cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]
+            cell.outputs = [o for o in cell.outputs if worth_keeping(o)]
     nb.metadata = {"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}}
     nbformat.write(nb, path)
     print(f"{path.relative_to(ROOT)}: {time.time() - start:.1f} s")
