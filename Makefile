@@ -38,6 +38,7 @@ test-python: $(VENV)/.dev  ## run pytest on tests/
 
 prepare: $(VENV)/.dev  ## after editing notebooks: export, clean, write README.md, then test
 	$(BIN)/nbdev_export
+	@$(QUIET) $(BIN)/python tools/run_notebooks.py nbs/index.ipynb
 	$(BIN)/nbdev_clean
 	$(BIN)/python tools/readme.py
 	@$(MAKE) --no-print-directory test

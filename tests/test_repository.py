@@ -227,6 +227,7 @@ def test_check_sees_an_unclean_notebook(copy):
 
 def test_check_sees_a_name_that_does_not_exist_and_a_module_that_does_not_import(copy):
     for folder in ("tests", "tools"): (copy / folder).mkdir()
+    (copy / "tokpref" / "__init__.py").write_text("", encoding="utf-8")
     (copy / "tokpref" / "wrong.py").write_text("import no_such_module\n\ndef f(): return undefined\n", encoding="utf-8")
     assert any("undefined" in line for line in check.lint(copy))
     assert check.import_alone("tokpref.wrong", copy) == ["import tokpref.wrong fails: ModuleNotFoundError: No module named 'no_such_module'"]

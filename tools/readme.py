@@ -35,10 +35,10 @@ def render(notebook: Path = NOTEBOOK) -> str:
     "The README's text."
     nb = nbformat.read(notebook, as_version=4)
     nb.cells = [cell for cell in nb.cells if shown(cell)]
+    nb.metadata["language_info"] = {"name": "python"}
     body, _ = MarkdownExporter().from_notebook_node(nb)
-    body = re.sub(r"```python\n+```\n", "", body)
-    body = re.sub(r"^\s+$", "", body, flags=re.MULTILINE)
-    body = re.sub(r"\n{3,}", "\n\n", LINK.sub(from_top, body)).strip()
+    body = re.sub(r"^```python\s+```$", "", body, flags=re.MULTILINE)
+    body = re.sub(r"\n\s*\n\s*\n", "\n\n", LINK.sub(from_top, body)).strip()
     return f"<!-- Written from nbs/index.ipynb by tools/readme.py: edit the notebook, then `make prepare`. -->\n\n{body}\n"
 
 
