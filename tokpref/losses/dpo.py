@@ -31,7 +31,7 @@ _SCORES = {     # f'(e^Δ) of each divergence, shifted by a constant to be 0 at 
     "alpha": lambda delta, alpha: _expm1((alpha - 1) * delta) / (alpha - 1),
 }
 
-# %% ../../nbs/derivations/02_dpo.ipynb #33521aca
+# %% ../../nbs/derivations/02_dpo.ipynb #c34d1adf
 def _check_divergence(f_divergence: str, alpha: float) -> None:
     "Raise `ValueError` for an unknown divergence, an `alpha` that nothing reads, or one that has no formula."
     if f_divergence not in _SCORES: raise ValueError(f"unknown f_divergence {f_divergence!r}{nearest(f_divergence, _SCORES)}")
@@ -41,12 +41,18 @@ def _check_divergence(f_divergence: str, alpha: float) -> None:
     if alpha == 1: raise ValueError("alpha=1 is singular: its limit is the reverse KL, so use f_divergence='reverse_kl'")
 
 
+def _check_not_negative(name: str, value: float, below: float = math.inf) -> None:
+    "Raise `ValueError` unless `value` is a number from 0 up to, and without, `below`."
+    if not (isinstance(value, (int, float)) and 0 <= value < below):
+        raise ValueError(f"{name} must be a number in [0, {below}), got {value!r}")
+
+
 def _check_same_batch(chosen: TokenStats, rejected: TokenStats) -> None:
     "Raise `ValueError` unless there is one rejected response for each chosen one."
     if len(chosen.mask) != len(rejected.mask):
         raise ValueError(f"chosen has {len(chosen.mask)} rows and rejected {len(rejected.mask)}: row i of both must be one pair")
 
-# %% ../../nbs/derivations/02_dpo.ipynb #9b4bc0ac
+# %% ../../nbs/derivations/02_dpo.ipynb #583f0e26
 def dpo_loss(
     chosen: TokenStats,                 # preferred responses; needs ref_logps
     rejected: TokenStats,               # dispreferred responses to the same prompts; its T may differ
@@ -63,7 +69,7 @@ def dpo_loss(
     _check_same_batch(chosen, rejected)
     _check_divergence(f_divergence, alpha)
     check_positive("beta", beta)
-    if not 0 <= label_smoothing < 0.5: raise ValueError(f"label_smoothing must be in [0, 0.5), got {label_smoothing!r}")
+    _check_not_negative("label_smoothing", label_smoothing, below=0.5)
     chosen_rewards, rejected_rewards = (beta * _SCORES[f_divergence](r.log_ratio.sum(-1), alpha) for r in (chosen, rejected))
     margin = chosen_rewards - rejected_rewards
     losses = -(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)
@@ -94,7 +100,7 @@ def ipo_loss(
     losses = (chosen_delta - rejected_delta - 1 / (2 * beta)) ** 2
     return PairLoss(losses, beta * chosen_delta, beta * rejected_delta)
 
-# %% ../../nbs/derivations/02_dpo.ipynb #745a4cb4
+# %% ../../nbs/derivations/02_dpo.ipynb #1aaa3ed6
 def simpo_loss(
     chosen: TokenStats,         # preferred responses; ref_logps may be None
     rejected: TokenStats,       # dispreferred responses to the same prompts; its T may differ
@@ -108,7 +114,7 @@ def simpo_loss(
     """
     _check_same_batch(chosen, rejected)
     check_positive("beta", beta)
-    if not 0 <= gamma < float("inf"): raise ValueError(f"gamma must be a finite number, zero or more, got {gamma!r}")
+    _check_not_negative("gamma", gamma)
     for r in (chosen, rejected):
         if r.weights is not None: raise ValueError("simpo_loss takes no token weights: leave TokenStats.weights as None")
     chosen_rewards, rejected_rewards = (beta * r.per_token(r.logps).sum(-1) / _lengths(r) for r in (chosen, rejected))

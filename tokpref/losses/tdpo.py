@@ -5,14 +5,13 @@
 # %% auto #0
 __all__ = ['tdpo_loss']
 
-# %% ../../nbs/derivations/05_tdpo.ipynb #26fae25b
+# %% ../../nbs/derivations/05_tdpo.ipynb #202655b6
 import torch.nn.functional as F
 
-# %% ../../nbs/derivations/05_tdpo.ipynb #993347a5
-from .dpo import _check_same_batch
+from .dpo import _check_not_negative, _check_same_batch
 from .types import LOSSES, LossSpec, PairLoss, TokenStats, check_positive, check_unused
 
-# %% ../../nbs/derivations/05_tdpo.ipynb #0d5fdea8
+# %% ../../nbs/derivations/05_tdpo.ipynb #c50907d3
 def tdpo_loss(
     chosen: TokenStats,         # preferred responses; needs ref_logps and kl
     rejected: TokenStats,       # dispreferred responses to the same prompts; its T may differ
@@ -22,18 +21,18 @@ def tdpo_loss(
 ) -> PairLoss:
     """−log σ(u − δ), u = β(Δʷ − Δˡ): [B] losses in nats (Zeng et al. 2024, arXiv 2404.11999, eq. 15 and 17).
 
-    TDPO1: δ = β(SeqKLˡ − SeqKLʷ). TDPO2: δ = αβ(SeqKLˡ − sg[SeqKLʷ]), sg stopping the gradient. SeqKL is the forward KL
-    summed over positions. Rewards are β(Δ + SeqKL) in both versions. `ValueError` for β ≤ 0, α < 0, an alpha that version 1
-    would ignore, another version, or statistics without kl.
+    TDPO1: δ = β(SeqKLˡ − SeqKLʷ). TDPO2: δ = αβ(SeqKLˡ − sg[SeqKLʷ]), sg stopping the gradient. SeqKL sums the forward KL
+    over positions. Rewards are β(Δ + SeqKL) in both. `ValueError` for β ≤ 0, α < 0, an alpha that version 1 would ignore,
+    another version, or statistics without kl.
     """
     _check_same_batch(chosen, rejected)
     check_positive("beta", beta)
     if version not in (1, 2): raise ValueError(f"version must be 1 (TDPO1) or 2 (TDPO2), got {version!r}")
     check_unused(version == 2, "TDPO1 has no alpha, version=2 has", alpha=(alpha, 0.5))
-    if not 0 <= alpha < float("inf"): raise ValueError(f"alpha must be a finite number, zero or more, got {alpha!r}")
-    (chosen_delta, chosen_kl), (rejected_delta, rejected_kl) = ((r.log_ratio.sum(-1), r.kl_terms.sum(-1)) for r in (chosen, rejected))
-    if version == 1: drift = rejected_kl - chosen_kl
-    else: drift = alpha * (rejected_kl - chosen_kl.detach())
+    _check_not_negative("alpha", alpha)
+    chosen_delta, rejected_delta = (r.log_ratio.sum(-1) for r in (chosen, rejected))
+    chosen_kl, rejected_kl = (r.kl_terms.sum(-1) for r in (chosen, rejected))
+    drift = rejected_kl - chosen_kl if version == 1 else alpha * (rejected_kl - chosen_kl.detach())
     losses = -F.logsigmoid(beta * (chosen_delta - rejected_delta - drift))
     return PairLoss(losses, beta * (chosen_delta + chosen_kl), beta * (rejected_delta + rejected_kl))
 
