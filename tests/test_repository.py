@@ -2,7 +2,9 @@
 import ast
 import configparser
 import itertools
+import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -102,6 +104,33 @@ def test_readme_shows_code_early_and_links_resolve():
     assert any(line.startswith("```") for line in text.splitlines()[:25]), "the first code stands before line 25"
     links = [link.split("#")[0] for link in re.findall(r"\]\((?!https?:|#)([^)\s]+)\)", text)]
     assert links and not [link for link in links if not (ROOT / link).exists()]
+
+
+def readme_blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
+
+
+def test_readme_commands_are_ones_that_tokpref_takes():
+    from tokpref.cli import make_parser
+    lines = [line for block in readme_blocks("sh") for line in block.splitlines() if line.startswith("tokpref ")]
+    assert lines
+    for line in lines: make_parser().parse_args(shlex.split(line, comments=True)[1:])
+
+
+def test_readme_trains(tmp_path, monkeypatch, model, tokenizer):
+    "The snippet as it stands, with a tiny model and two pairs in place of the names that need the network."
+    model.save_pretrained(tmp_path / "model"), tokenizer.save_pretrained(tmp_path / "model")
+    pairs = [{"prompt": "say yes ", "chosen": "yes", "rejected": "no, never"}, {"prompt": "say no ", "chosen": "no", "rejected": "yes, often"}]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)), encoding="utf-8")
+    code = next(block for block in readme_blocks("python") if "PreferenceTrainer(" in block)
+    names = {'"Qwen/Qwen2.5-0.5B-Instruct"': repr(str(tmp_path / "model")), '"ultrafeedback"': repr(str(tmp_path / "pairs.jsonl"))}
+    for known, local in names.items():
+        assert known in code
+        code = code.replace(known, local)
+    monkeypatch.chdir(tmp_path)
+    scope = {}
+    exec(code, scope)
+    assert scope["trainer"].state.global_step > 0
 
 
 def test_readme_prints_what_the_front_page_prints_today():
