@@ -160,7 +160,7 @@ class _Averages:
         total, count = accelerator.reduce(table.to(accelerator.device, torch.float32), "sum").tolist()
         return {name: s / c for name, s, c in zip(names, total, count)}
 
-# %% ../nbs/library/22_trainer.ipynb #0b253c72
+# %% ../nbs/library/22_trainer.ipynb #b8305157
 class _LossFromStats(Trainer):
     "Statistics of a batch, then the loss, then a look at whether it is finite."
 
@@ -180,7 +180,9 @@ class _LossFromStats(Trainer):
         chosen, rejected = self.stats(model, inputs)
         result = self.spec(chosen, rejected, **self.args.options)
         if not (finite := result.losses.isfinite()).all(): raise FloatingPointError(self._diagnosis(inputs["row"][~finite].tolist()))
-        self._averages["train" if model.training else "eval"].add(pair_metrics(result, chosen, rejected))
+        metrics = {"loss": result.losses.detach().float(), **pair_metrics(result, chosen, rejected)}
+        if model.training: self._averages["train"].add(metrics)
+        else: self._averages["eval"].add(self.accelerator.gather_for_metrics(metrics))      # drops pairs repeated to fill a batch
         return (result.mean(), result) if return_outputs else result.mean()
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
@@ -194,7 +196,7 @@ class _LossFromStats(Trainer):
                 f"(now {self.args.learning_rate:g}) or look at those rows; "
                 + ("no checkpoint has been saved yet" if saved is None else f"checkpoint-{saved} is intact"))
 
-# %% ../nbs/library/22_trainer.ipynb #7341999f
+# %% ../nbs/library/22_trainer.ipynb #a910d343
 class _LogsPairs(_LossFromStats):
     "Preference metrics beside the loss, in training logs and in evaluation results."
 
@@ -210,7 +212,7 @@ class _LogsPairs(_LossFromStats):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         "Training logs get the averages since the last log."
-        if "loss" in logs: logs = {**logs, **self._averages["train"].pop(self.accelerator)}
+        if "loss" in logs: logs = {**self._averages["train"].pop(self.accelerator), **logs}
         super().log(logs, start_time)
 
 # %% ../nbs/library/22_trainer.ipynb #91a6f0e9

@@ -1,0 +1,38 @@
+"""Two processes equal one: the same pairs a step, the same weights at the end, TBPO-Q's head included."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+WORKER = Path(__file__).with_name("train_worker.py")
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def train(out: Path, processes: int) -> dict:
+    "Weights and evaluation of each run after a few steps of four pairs, by so many processes."
+    command = [str(WORKER), str(out), str(4 // processes)]
+    if processes > 1:
+        command = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", str(free_port()), *command]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, *command], env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return torch.load(out, weights_only=True)
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
+def test_two_processes_equal_one(tmp_path):
+    one, two = train(tmp_path / "one.pt", 1), train(tmp_path / "two.pt", 2)
+    for run in one:
+        assert one[run].keys() == two[run].keys()
+        for name, value in one[run].items(): assert_close(two[run][name], value, rtol=1e-4, atol=1e-5, msg=lambda m: f"{run}, {name}: {m}")

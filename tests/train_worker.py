@@ -1,0 +1,42 @@
+"""Trains a tiny model for a few steps and saves its weights; run by test_distributed.py, alone or under torch.distributed.run."""
+
+import os
+import sys
+import tempfile
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from tokpref import PreferenceConfig, PreferenceTrainer
+
+out, batch_size = sys.argv[1], int(sys.argv[2])
+words = "<pad> <bos> <eos> yes no is it true very".split()
+tokenizer = PreTrainedTokenizerFast(
+    tokenizer_object=Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<pad>")),
+    pad_token="<pad>", bos_token="<bos>", eos_token="<eos>")
+tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+pairs = [dict(prompt="<bos> " + q, chosen=a, rejected=b) for q in ("is it true", "is it", "it is true", "true is it")
+         for a, b in (("yes", "no"), ("very yes", "very no"), ("yes it is", "no"), ("yes", "no it is"))]
+
+
+def train(**changes) -> dict:
+    "Weights, and an evaluation over a number of pairs that two processes can't share evenly."
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(words), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                                         num_attention_heads=2, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2))
+    args = PreferenceConfig(output_dir=tempfile.mkdtemp(), beta=0.5, learning_rate=1e-2, optim="sgd", max_steps=4, seed=0, use_cpu=True,
+                            per_device_train_batch_size=batch_size, per_device_eval_batch_size=2, gradient_accumulation_steps=2,
+                            report_to="none", save_strategy="no", disable_tqdm=True, baseline_width=8, baseline_learning_rate=0.1, **changes)
+    trainer = PreferenceTrainer(model, args, pairs, pairs[:5], processing_class=tokenizer)
+    trainer.train()
+    result = trainer.evaluate()
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+    if trainer.baseline_head is not None:
+        head = trainer.accelerator.unwrap_model(trainer.baseline_head)
+        weights |= {f"baseline {name}": p.detach() for name, p in head.named_parameters()}
+    return weights | {name: torch.tensor(result[name]) for name in ("eval_loss", "eval_rewards/margins", "eval_kl/chosen") if name in result}
+
+
+runs = {"tdpo2": train(loss="tdpo2"), "tbpo_q": train(loss="tbpo_q"), "precomputed": train(loss="dpo", precompute_ref_logps=True)}
+if int(os.environ.get("RANK", 0)) == 0: torch.save(runs, out)
