@@ -45,7 +45,7 @@ def loss_style(name: str) -> dict:
     color, marker = LOSS_STYLES[base] if base else (_SPARE_COLORS[code % 5], _SPARE_MARKERS[code // 5])
     return {"color": color, "marker": marker, "linestyle": "-" if base in (None, name) else "--"}
 
-# %% ../nbs/library/25_plots.ipynb #68df16e9
+# %% ../nbs/library/25_plots.ipynb #be5f5fc3
 class _Page(Figure):
     "A matplotlib `Figure` that a notebook shows as a picture even when nobody imported pyplot."
 
@@ -91,10 +91,11 @@ def _by_loss(rows: list[dict]) -> dict[str, list[dict]]:
     return {loss: sorted(group, key=lambda row: row.get("step", 0)) for loss, group in groups.items()}
 
 
-def _legend_below(fig: Figure, ax, columns: int = 6) -> None:
-    "One compact legend under the figure, in rows of equal length, so that it never covers data."
+def _legend_below(fig: Figure, ax) -> None:
+    "One compact legend under the figure, in rows of about equal length that fit its width, so that it never covers data."
     handles, labels = ax.get_legend_handles_labels()
     if not handles: return
+    columns = max(1, int(fig.get_figwidth() / (0.45 + 0.058 * max(map(len, labels)))))    # inches of a line and of a letter
     rows = math.ceil(len(labels) / columns)
     with rc_context(_RC):
         fig.legend(handles, labels, loc="outside lower center", ncols=math.ceil(len(labels) / rows), handlelength=1.8, columnspacing=1.2)
@@ -190,7 +191,7 @@ def bars(
     _draw_bars(ax, values, errors or {}, label, level)
     return fig
 
-# %% ../nbs/library/25_plots.ipynb #b3516016
+# %% ../nbs/library/25_plots.ipynb #fbd566cd
 def compare_figure(
     records: Sequence[dict],    # one dict a checkpoint: "loss", "step", "kl", "reward", and `metric` in the last of each loss
     optimum: Sequence[tuple[float, float]] | None = None,    # (kl, reward) pairs of the best that any policy can do
@@ -211,7 +212,7 @@ def compare_figure(
     errors = {row["loss"]: row[f"{metric}_se"] for row in final if row.get(f"{metric}_se")}
     _draw_bars(right, {row["loss"]: row[metric] for row in final}, errors, label or f"final {metric}", level)
     if title: fig.suptitle(title, x=0.01, ha="left", fontsize=10, color=_INK)
-    _legend_below(fig, left, columns=9)
+    _legend_below(fig, left)
     return fig
 
 # %% ../nbs/library/25_plots.ipynb #24099520
