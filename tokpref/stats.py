@@ -147,7 +147,7 @@ def split_head(model: nn.Module) -> Head | None:
     scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
     return Head(module.weight, module.bias, float(scale), getattr(config, "final_logit_softcapping", None))
 
-# %% ../nbs/library/20_token_stats.ipynb #e97460c9
+# %% ../nbs/library/20_token_stats.ipynb #f0973334
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     "Every module in eval mode inside, each as it was after."
@@ -162,11 +162,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def _catch_hidden(base: nn.Module) -> Iterator[list[Tensor]]:
     "A list that receives the decoder's last hidden state [R, L, H] whenever the model runs inside."
     caught: list[Tensor] = []
-    hook = base.base_model.register_forward_hook(lambda _m, _i, out: caught.append(out[0]))
+    hook = base.get_decoder().register_forward_hook(lambda _m, _i, out: caught.append(out[0]))
     try: yield caught
     finally: hook.remove()
 
-# %% ../nbs/library/20_token_stats.ipynb #c520f91a
+# %% ../nbs/library/20_token_stats.ipynb #83c34c15
 def _model_inputs(base: nn.Module, batch: dict) -> dict:
     "The arguments of a forward pass: ids, mask, and position ids that start at the first real token."
     mask = batch["attention_mask"]
@@ -193,16 +193,14 @@ def _features(model: nn.Module, batch: dict, positions: tuple[Tensor, Tensor]) -
     base, (rows, columns) = base_model(model), positions
     inputs, length = _model_inputs(base, batch), batch["input_ids"].shape[1]
     head = split_head(model) if _split_is_safe.get(base, True) else None
-    with _catch_hidden(base) as caught:
-        if head is not None:
-            own = model(**inputs, logits_to_keep=1).logits
-            hidden = caught[-1][:, -length:]
-            if base not in _split_is_safe: _split_is_safe[base] = _scores_agree(head, hidden, own)
-            if _split_is_safe[base]: return hidden[rows, columns], head, None
-        logger.warning("%s: the output head can't be split off safely; full logits are used, which takes more memory",
-                       type(base).__name__)
-        scores = model(**inputs).logits[:, -length:]
-    return caught[-1][:, -length:][rows, columns], None, scores[rows, columns]
+    if head is not None:
+        with _catch_hidden(base) as caught: own = model(**inputs, logits_to_keep=1).logits
+        hidden = caught[-1][:, -length:] if caught else None
+        if base not in _split_is_safe: _split_is_safe[base] = hidden is not None and _scores_agree(head, hidden, own)
+        if _split_is_safe[base]: return hidden[rows, columns], head, None
+    logger.warning("%s: the output head can't be split off safely; full logits are used, which takes more memory", type(base).__name__)
+    out = model(**inputs, output_hidden_states=True)
+    return out.hidden_states[-1][:, -length:][rows, columns], None, out.logits[:, -length:][rows, columns]
 
 # %% ../nbs/library/20_token_stats.ipynb #2da073f3
 def _response_positions(batch: dict) -> tuple[Tensor, Tensor, Tensor]:
