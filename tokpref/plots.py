@@ -5,25 +5,25 @@
 # %% auto #0
 __all__ = ['LOSS_STYLES', 'loss_style', 'frontier_plot', 'curves', 'bars', 'compare_figure', 'token_strip']
 
-# %% ../nbs/library/25_plots.ipynb #929c175f
+# %% ../nbs/library/25_plots.ipynb #c800466c
 import io
 import math
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-# %% ../nbs/library/25_plots.ipynb #6b58cb72
+# %% ../nbs/library/25_plots.ipynb #c5a2e626
 import numpy as np
 from cycler import cycler
 from matplotlib import colormaps, rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
+from matplotlib.colors import Normalize, to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
-# %% ../nbs/library/25_plots.ipynb #aadb9aa3
+# %% ../nbs/library/25_plots.ipynb #76271442
 LOSS_STYLES: dict[str, tuple[str, str]] = {    # loss -> (colour, marker)
     "dpo": ("#2D166F", "o"), "ipo": ("#6CCBEB", "s"), "simpo": ("#D3C969", "^"), "adpo": ("#0B7818", "D"),
     "tdpo1": ("#94AB1B", "v"), "tdpo2": ("#E05476", "P"), "bpo": ("#3B95AC", "X"),
@@ -33,17 +33,38 @@ _SPARE_COLORS, _SPARE_MARKERS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#C
 _INK, _GRID, _OPTIMUM = "#333333", "#E3E3E3", "#9A9A9A"
 
 
-def loss_style(name: str) -> dict:
-    """Colour, marker and line style of a loss, always the same for the same name.
-
-    A variant such as `"adpo window=4"` or `"dpo (seed 2)"` keeps the colour and marker of its loss and gets a dashed line.
-    A name that is not in `LOSS_STYLES` gets one of 25 spare pairs of colour and marker, chosen by the name alone.
-    """
-    base = next((known for known in sorted(LOSS_STYLES, key=len, reverse=True)
+def _loss_of(name: str) -> str | None:
+    "The known loss that `name` is or is a variant of: the longest one it begins with, up to a space or bracket or the like."
+    return next((known for known in sorted(LOSS_STYLES, key=len, reverse=True)
                  if name == known or re.match(re.escape(known) + r"[^a-z0-9_]", name)), None)
-    code = zlib.crc32(name.encode()) % 25
-    color, marker = LOSS_STYLES[base] if base else (_SPARE_COLORS[code % 5], _SPARE_MARKERS[code // 5])
-    return {"color": color, "marker": marker, "linestyle": "-" if base in (None, name) else "--"}
+
+
+def loss_style(
+    name: str,              # of a loss, or of a variant such as "adpo window=4" or "dpo (seed 2)"
+    variation: int = 0,     # a second, third ... look for the same name
+) -> dict:                  # color, marker, linestyle
+    """The look of a loss, always the same for the same name.
+
+    A variant keeps the colour and marker of its loss and gets a dashed line; further variations get paler and other dashes. A name that
+    is not in `LOSS_STYLES` gets one of 25 spare pairs of colour and marker, chosen by the name alone.
+    """
+    loss = _loss_of(name)
+    if loss is None:
+        code = zlib.crc32(name.encode()) + variation
+        return {"color": _SPARE_COLORS[code % 5], "marker": _SPARE_MARKERS[code // 5 % 5], "linestyle": "-"}
+    color, marker = LOSS_STYLES[loss]
+    pale = [1 - (1 - channel) * 0.62 ** variation for channel in to_rgb(color)]
+    return {"color": to_hex(pale) if variation else color, "marker": marker, "linestyle": ("-", "--", ":", "-.")[((name != loss) + variation) % 4]}
+
+
+def _styles(names: Iterable[str]) -> dict[str, dict]:
+    "The look of each name in one figure: `loss_style`, varied while its colour is taken."
+    found: dict[str, dict] = {}
+    for name in names:
+        taken = [look["color"] for look in found.values()]
+        looks = [loss_style(name, variation) for variation in range(5)]
+        found[name] = next((look for look in looks if look["color"] not in taken), looks[-1])
+    return found
 
 # %% ../nbs/library/25_plots.ipynb #be5f5fc3
 class _Page(Figure):
@@ -100,7 +121,7 @@ def _legend_below(fig: Figure, ax) -> None:
     with rc_context(_RC):
         fig.legend(handles, labels, loc="outside lower center", ncols=math.ceil(len(labels) / rows), handlelength=1.8, columnspacing=1.2)
 
-# %% ../nbs/library/25_plots.ipynb #00174954
+# %% ../nbs/library/25_plots.ipynb #916cab88
 def _draw_frontier(ax, points: list[dict], optimum: Sequence[tuple[float, float]] | None) -> None:
     "Paths of (kl, reward) by loss, the last point of each drawn larger, and the optimum as a ceiling as far as they reach."
     right, rewards = 1.08 * max(point["kl"] for point in points), [point["reward"] for point in points]
@@ -109,8 +130,8 @@ def _draw_frontier(ax, points: list[dict], optimum: Sequence[tuple[float, float]
         ax.fill_between(kl, reward, max(reward) + 10 * (max(reward) - min(reward) + 1), color=_OPTIMUM, alpha=0.10, linewidth=0)
         ax.plot(kl, reward, color=_OPTIMUM, linewidth=1.3, linestyle=(0, (4, 2)), label="optimum")
         rewards += [r for k, r in zip(kl, reward) if k <= right] + [float(np.interp(right, kl, reward))]
-    for loss, group in _by_loss(points).items():
-        style = loss_style(loss)
+    groups = _by_loss(points)
+    for (loss, group), style in zip(groups.items(), _styles(groups).values()):
         x, y = [p["kl"] for p in group], [p["reward"] for p in group]
         ax.plot(x, y, **style, alpha=0.75, markersize=3, label=loss)
         ax.plot(x[-1:], y[-1:], **style, markersize=7, markeredgecolor="white", markeredgewidth=0.8, zorder=4)
@@ -136,7 +157,7 @@ def frontier_plot(
     _legend_below(fig, ax)
     return fig
 
-# %% ../nbs/library/25_plots.ipynb #94e052d5
+# %% ../nbs/library/25_plots.ipynb #c4e05136
 def curves(
     history: dict[str, Sequence[tuple[float, float]]],      # loss -> [(step, value), ...]
     ylabel: str = "",
@@ -148,25 +169,25 @@ def curves(
     rows = [{"loss": loss, "step": s, "value": float(v)} for loss, line in history.items() for s, v in line]
     fig, (ax,) = _frame(figsize)
     if level is not None: ax.axhline(level, color=_OPTIMUM, linewidth=1.3, linestyle=(0, (4, 2)))
-    for loss, group in _by_loss(_finite(rows, ("step", "value"), "curves")).items():
-        marks = max(1, len(group) // 8)
-        ax.plot([p["step"] for p in group], [p["value"] for p in group], **loss_style(loss), markevery=marks, label=loss)
+    groups = _by_loss(_finite(rows, ("step", "value"), "curves"))
+    for (loss, group), style in zip(groups.items(), _styles(groups).values()):
+        ax.plot([p["step"] for p in group], [p["value"] for p in group], **style, markevery=max(1, len(group) // 8), label=loss)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
     ax.set(xlabel="step", ylabel=ylabel)
     ax.set_title(title, loc="left", fontsize=10)
     _legend_below(fig, ax)
     return fig
 
-# %% ../nbs/library/25_plots.ipynb #89cfe07b
+# %% ../nbs/library/25_plots.ipynb #a6f778d9
 def _draw_bars(ax, values: dict[str, float], errors: dict[str, float], label: str, level: float | None) -> None:
     "Horizontal bars, first entry on top, each with its value written behind it."
-    names = list(values)
+    names, styles = list(values), _styles(values)
     low, high = min([*values.values(), level or 0.0, 0.0]), max([*values.values(), level or 0.0, 0.0])
     span = (high - low) or 1.0
     decimals = max(0, 2 - math.floor(math.log10(span)))    # three digits of the longest bar
     for row, name in enumerate(names):
         value, error = values[name], errors.get(name) or 0.0
-        ax.barh(row, value, height=0.66, color=loss_style(name)["color"], alpha=0.9)
+        ax.barh(row, value, height=0.66, color=styles[name]["color"], alpha=0.9)
         if error: ax.errorbar(value, row, xerr=error, color=_INK, capsize=2, linewidth=1)
         end = max(value, 0.0) + error + 0.02 * span
         ax.text(end, row, f"{value:.{decimals}f}", va="center", fontsize=8, color=_INK)
