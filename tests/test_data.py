@@ -1,0 +1,319 @@
+"""Preference data across formats, files and processes, and on the real sets where they are at hand."""
+import gzip
+import importlib.util
+import json
+import os
+import sys
+from copy import deepcopy
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset, DatasetDict, disable_progress_bars
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.utils.data import DataLoader
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from tokpref import data
+from tokpref.data import LOADERS, Loader, PreferenceCollator, describe_row, load_preferences, load_texts, prepare
+
+disable_progress_bars()
+WORDS = ["The sky is blue and the sea is green.", "What is the answer? The answer is 42.",
+         "Question: how many?\nAnswer: three of them.", "\n\nHuman: tell me about the sea\n\nAssistant: I would say it is deep"]
+TEMPLATE = ("{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<eos>\n{% endfor %}"
+            "{% if add_generation_prompt %}<|assistant|>{% endif %}")
+ROOT = Path(os.environ.get("TOKPREF_DATA") or Path(__file__).parents[2] / "shared" / "data")
+needs_data = pytest.mark.skipif(not (ROOT / "Anthropic/hh-rlhf").is_dir(), reason="the real data are not here: set TOKPREF_DATA")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    special = ["<eos>", "<pad>", "<|user|>", "<|assistant|>"]
+    bpe.train_from_iterator(WORDS, trainers.BpeTrainer(vocab_size=400, special_tokens=special, show_progress=False,
+                                                       initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<eos>", pad_token="<pad>")
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+@pytest.fixture
+def no_hub(monkeypatch):
+    monkeypatch.delenv("TOKPREF_DATA", raising=False)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+
+
+def some_rows(n=40):
+    return [dict(prompt="What is the answer?" * (1 + i % 7), chosen=f" The answer is {i}." * (1 + i % 5),
+                 rejected=f" It is {i} or more" * (1 + i % 3)) for i in range(n)]
+
+
+def columns(dataset):
+    return {name: list(dataset[name]) for name in dataset.column_names}
+
+
+# preparation
+
+@pytest.mark.parametrize("max_length,max_prompt_length",
+                         [(4, None), (4, 2), (7, None), (16, 3), (24, None), (64, 20), (1024, None)])
+def test_truncation_invariants(tokenizer, max_length, max_prompt_length):
+    rows = some_rows()
+    prepared, report = prepare(rows, tokenizer, max_length, max_prompt_length)
+    whole, _ = prepare(rows, tokenizer)
+    assert report.kept + sum(report.dropped.values()) == len(rows)
+    for row in prepared:
+        full = whole[row["row"]]
+        assert full["prompt_ids"][-len(row["prompt_ids"]):] == row["prompt_ids"]
+        assert len(row["prompt_ids"]) <= (max_prompt_length or max_length)
+        assert row["cut"][0] == len(full["prompt_ids"]) - len(row["prompt_ids"])
+        for k, side in enumerate(("chosen_ids", "rejected_ids"), start=1):
+            assert row[side][-1] == tokenizer.eos_token_id and len(row["prompt_ids"]) + len(row[side]) <= max_length
+            assert row[side][:-1] == full[side][:len(row[side]) - 1] and row["cut"][k] == len(full[side]) - len(row[side])
+    assert report.truncated["prompt"] == sum(c[0] > 0 for c in prepared["cut"])
+
+
+def test_prompt_gives_way_only_to_half(tokenizer):
+    (row,), _ = prepare([dict(prompt="The sky is blue" * 20, chosen=" green" * 30, rejected=" no")], tokenizer, max_length=20)
+    assert len(row["prompt_ids"]) == 10 and len(row["chosen_ids"]) == 10
+    (row,), _ = prepare([dict(prompt="The sky is blue" * 20, chosen=" yes", rejected=" no")], tokenizer, max_length=20)
+    assert len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) == 20 and row["cut"][1:] == [0, 0]
+
+
+def test_processes_change_nothing(tokenizer):
+    one, report = prepare(Dataset.from_list(some_rows()), tokenizer, max_length=24)
+    two, again = prepare(Dataset.from_list(some_rows()), tokenizer, max_length=24, num_proc=2)
+    assert columns(one) == columns(two) and report == again
+
+
+def test_errors_cross_processes(tokenizer):
+    rows = [row | dict(chosen_weights=[1.0], rejected_weights=[1.0]) for row in some_rows(4)]
+    with pytest.raises(ValueError, match="toy: row [0-3]: chosen_weights needs one number per response token"):
+        prepare(Dataset.from_list(rows), tokenizer, name="toy", num_proc=2)
+
+
+def test_batches_of_only_bad_rows(tokenizer):
+    rows = [dict(prompt="", chosen="a", rejected="b")] * 501 + some_rows(3)     # the first batch of the map has no good row
+    prepared, report = prepare(rows, tokenizer)
+    assert list(prepared["row"]) == [501, 502, 503] and report.dropped == {"empty prompt": 501}
+    assert report.dropped_rows["empty prompt"] == [0, 1, 2, 3, 4] and "rows 0, 1, 2, 3, 4, ..." in str(report)
+
+
+def test_null_cells_are_empty_responses(tokenizer):
+    for rows in (some_rows(2), [dict(prompt=[dict(role="user", content="a")], chosen=[dict(role="assistant", content="b")],
+                                     rejected=[dict(role="assistant", content="c")])]):
+        _, report = prepare(rows + [rows[0] | dict(rejected=None)], tokenizer)
+        assert report.dropped == {"empty rejected": 1} and report.kept == len(rows)
+
+
+def test_weights_follow_their_tokens(tokenizer):
+    pair = dict(prompt="The sea is", chosen=" green and blue and green", rejected=" blue")
+    (whole,), _ = prepare([pair], tokenizer)
+    sizes = {side: len(whole[f"{side}_ids"]) for side in ("chosen", "rejected")}
+    weights = {f"{side}_weights": [float(i) for i in range(n)] for side, n in sizes.items()}
+    room = len(whole["prompt_ids"]) + 4
+    (row,), _ = prepare([pair | weights], tokenizer, max_length=room, max_prompt_length=room - 4)
+    assert row["chosen_weights"] == [0.0, 1.0, 2.0, sizes["chosen"] - 1.0] and len(row["chosen_ids"]) == 4
+    weights["chosen_weights"][1] = float("inf")
+    with pytest.raises(ValueError, match="row 0: chosen_weights holds a value that is not finite"):
+        prepare([pair | weights], tokenizer)
+    with pytest.raises(ValueError, match="come together"): prepare([pair | dict(chosen_weights=[1.0])], tokenizer)
+
+
+@pytest.mark.parametrize("change,error,words", [
+    (lambda d: d.remove_columns("rejected"), ValueError, "no column 'rejected'"),
+    (lambda d: d.remove_columns("chosen").add_column("chosen", [1] * len(d)), TypeError, "column 'chosen' is Value"),
+    (lambda d: DatasetDict(train=d), TypeError, "choose a split"),
+    (lambda d: d.select([]), ValueError, "no rows"),
+    (lambda d: d.to_iterable_dataset(), TypeError, "IterableDataset"),
+])
+def test_schema_errors_are_one_line(tokenizer, change, error, words):
+    with pytest.raises(error, match=words) as caught: prepare(change(Dataset.from_list(some_rows(3))), tokenizer)
+    assert "\n" not in str(caught.value)
+
+
+def test_message_content_must_be_text(tokenizer):
+    parts = [dict(role="assistant", content=[dict(type="text", text="a")])]
+    rows = [dict(prompt=[dict(role="user", content="x")], chosen=parts, rejected=parts)]
+    with pytest.raises(TypeError, match="row 0: a message's content is a list"):
+        data._encode_batch({k: [rows[0][k]] for k in rows[0]}, [0], tokenizer, dict(name="toy"))
+
+
+def test_several_turns(tokenizer):
+    user, reply = dict(role="user", content="What is the sky?"), dict(role="assistant", content="It is blue.")
+    last = [dict(role="assistant", content="The sea."), dict(role="assistant", content="It is green.")]
+    explicit = dict(prompt=[user, reply, user], chosen=last[:1], rejected=last[1:])
+    implicit = {side: explicit["prompt"] + explicit[side] for side in ("chosen", "rejected")}
+    (a,), _ = prepare([explicit], tokenizer)
+    (b,), _ = prepare([implicit], tokenizer)
+    assert a == b and tokenizer.decode(a["chosen_ids"]) == "The sea.<eos>"
+    prompt = tokenizer.apply_chat_template(explicit["prompt"], tokenize=False, add_generation_prompt=True)
+    assert tokenizer.decode(a["prompt_ids"]) == prompt
+
+
+def test_template_that_ends_with_another_token_gets_the_end_token(tokenizer):
+    plain = deepcopy(tokenizer)
+    plain.chat_template = TEMPLATE.replace("<eos>", "")
+    say = lambda role, content: [dict(role=role, content=content)]
+    rows = [dict(prompt=say("user", "x"), chosen=say("assistant", "a"), rejected=say("assistant", "b"))]
+    (row,), _ = prepare(rows, plain)
+    assert plain.decode(row["chosen_ids"]) == "a\n<eos>" and row["chosen_ids"].count(plain.eos_token_id) == 1
+
+
+# collation
+
+@pytest.mark.parametrize("side,multiple", [("right", None), ("left", None), ("right", 8), ("left", 8)])
+def test_what_the_mask_keeps_is_the_response(tokenizer, side, multiple):
+    prepared, _ = prepare(some_rows(6), tokenizer, max_length=48)
+    batch = PreferenceCollator(tokenizer.eos_token_id, side, multiple)(list(prepared))
+    responses = list(prepared["chosen_ids"]) + list(prepared["rejected_ids"])
+    prompts = list(prepared["prompt_ids"]) * 2
+    masks = batch["attention_mask"].bool(), batch["completion_mask"].bool()
+    for ids, there, scored, prompt, response in zip(batch["input_ids"], *masks, prompts, responses):
+        assert ids[scored].tolist() == response and ids[there].tolist() == prompt + response and not (scored & ~there).any()
+        assert (there[0] or side == "left") and (there[-1] or side == "right")
+    assert multiple is None or batch["input_ids"].shape[1] % multiple == 0
+    assert batch["row"].tolist() == list(range(6)) and "weights" not in batch and "ref_logps" not in batch
+
+
+def test_loader_with_workers(tokenizer):
+    prepared, _ = prepare(some_rows(7), tokenizer)
+    collate = PreferenceCollator(tokenizer.pad_token_id)
+    plain, forked = (list(DataLoader(prepared, batch_size=3, collate_fn=collate, num_workers=n)) for n in (0, 2))
+    for a, b in zip(plain, forked, strict=True):
+        for name in a: torch.testing.assert_close(a[name], b[name])
+
+
+def test_ref_logps_of_another_length_are_refused(tokenizer):
+    prepared, _ = prepare(some_rows(1), tokenizer)
+    row = prepared[0] | dict(chosen_ref_logps=[-1.0], rejected_ref_logps=[-1.0])
+    with pytest.raises(ValueError, match="row 0: chosen_ref_logps has 1 values"): PreferenceCollator(0)([row])
+
+
+def test_the_engine_reads_the_batch(tokenizer):
+    stats = pytest.importorskip("tokpref.stats")
+    prepared, _ = prepare(some_rows(4), tokenizer, max_length=40)
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_positions=64, n_layer=1, n_head=2, n_embd=8,
+                                       bos_token_id=0, eos_token_id=0)).eval()
+    right, left = (stats.token_stats(model, model, PreferenceCollator(tokenizer.pad_token_id, side)(list(prepared)), kl=False)
+                   for side in ("right", "left"))
+    for a, b, name in zip(right, left, ("chosen_ids", "rejected_ids")):
+        assert a.lengths.tolist() == [len(ids) for ids in prepared[name]]
+        torch.testing.assert_close(a.logps, b.logps)
+
+
+# sources
+
+def test_every_file_format(tmp_path, no_hub):
+    rows = some_rows(5)
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "a.jsonl").write_text(lines)
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    with gzip.open(tmp_path / "a.jsonl.gz", "wt") as f: f.write(lines)
+    Dataset.from_list(rows).to_parquet(tmp_path / "a.parquet")
+    DatasetDict(train=Dataset.from_list(rows)).save_to_disk(tmp_path / "saved_dict")
+    Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "train.jsonl").write_text(lines)
+    for name in ("a.jsonl", "a.json", "a.jsonl.gz", "a.parquet", "saved_dict", "saved", "folder"):
+        assert load_preferences(tmp_path / name).to_list() == rows, name
+    assert load_preferences(str(tmp_path / "a.jsonl"), "train[1:3]").to_list() == rows[1:3]
+
+
+def test_a_file_is_not_taken_for_another_split(tmp_path, no_hub):
+    for name in ("train.jsonl", "test.jsonl"): (tmp_path / name).write_text(json.dumps(some_rows(1)[0]) + "\n")
+    assert len(load_texts(tmp_path / "test.jsonl", "test")) == 1
+    with pytest.raises(ValueError, match="a file is one split"): load_texts(tmp_path / "train.jsonl", "test")
+
+
+def test_unreachable_and_broken_sources_are_one_line(tmp_path, no_hub):
+    (tmp_path / "broken.jsonl").write_text('{"chosen": "a", \n')
+    DatasetDict(train=Dataset.from_list(some_rows(2))).save_to_disk(tmp_path / "saved")
+    for call, error, words in (
+            (lambda: load_texts("nobody/nothing"), FileNotFoundError, "set TOKPREF_DATA to a directory that holds it, or go"),
+            (lambda: load_texts("tdlr"), FileNotFoundError, "did you mean 'tldr'"),
+            (lambda: load_texts("./no/such/folder"), (FileNotFoundError, ValueError), "no/such/folder"),
+            (lambda: load_texts(tmp_path / "none.jsonl"), FileNotFoundError, "no file"),
+            (lambda: load_texts(tmp_path / "broken.jsonl"), ValueError, "broken.jsonl"),
+            (lambda: load_texts(tmp_path / "saved", "test"), ValueError, "no split 'test' in"),
+            (lambda: load_preferences("imdb"), (FileNotFoundError, ValueError), "imdb")):
+        with pytest.raises(error, match=words) as caught: call()
+        assert "\n" not in str(caught.value)
+
+
+def test_a_chat_set_of_the_hub(tmp_path, tokenizer, no_hub, monkeypatch):
+    user, good, bad = dict(role="user", content="a?"), dict(role="assistant", content="b"), dict(role="assistant", content="c")
+    row = dict(prompt="a?", prompt_id="1", chosen=[user, good], rejected=[user, bad], messages=[user, good],
+               score_chosen=1.0, score_rejected=0.0)
+    folder = tmp_path / "HuggingFaceH4/ultrafeedback_binarized/data"
+    folder.mkdir(parents=True)
+    Dataset.from_list([row]).to_parquet(folder / "train_prefs-00000-of-00001.parquet")
+    card = "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train_prefs\n    path: data/train_prefs-*\n---\n"
+    (folder.parent / "README.md").write_text(card)
+    monkeypatch.setenv("TOKPREF_DATA", str(tmp_path))
+    loaded = load_preferences("ultrafeedback", "train")
+    assert loaded.to_list() == [dict(prompt=[user], chosen=[good], rejected=[bad])]
+    raw = load_preferences(folder / "train_prefs-00000-of-00001.parquet")       # the prompt as text beside whole conversations
+    assert prepare(raw, tokenizer)[0][0] == prepare(loaded, tokenizer)[0][0]
+
+
+def test_edited_converter_is_not_served_from_cache(tmp_path, no_hub, monkeypatch):
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set/train.jsonl").write_text(json.dumps(some_rows(1)[0]) + "\n")
+    for word in ("one", "two"):
+        source = tmp_path / word / "convert_of_this_test.py"
+        source.parent.mkdir()
+        source.write_text(f"def convert(row): return dict(prompt={word!r}, chosen=row['chosen'], rejected=row['rejected'])\n")
+        spec = importlib.util.spec_from_file_location(source.stem, source)
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, source.stem, module)
+        spec.loader.exec_module(module)
+        monkeypatch.setitem(LOADERS, "set", Loader(str(tmp_path / "set"), module.convert))
+        assert load_preferences("set")[0]["prompt"] == word
+
+
+# the real sets (their text is never shown: one of them is harmful)
+
+@needs_data
+@pytest.mark.parametrize("source,split,rows", [
+    ("hh", "test", 2312), ("gsm8k-preferences", "train", 4797), ("gsm8k-preferences", "test", 900),
+    ("alpaca_eval-preferences", "train", 8390), ("alpaca_eval-preferences", "test", 1429)])
+@pytest.mark.parametrize("as_messages", [False, True])
+def test_real_preferences(monkeypatch, tokenizer, source, split, rows, as_messages):
+    monkeypatch.setenv("TOKPREF_DATA", str(ROOT))
+    loaded = load_preferences(source, split, as_messages=as_messages)
+    good = len(loaded) == rows and loaded.column_names[:3] == ["prompt", "chosen", "rejected"]
+    assert good, "wrong number of rows or columns"
+    prepared, report = prepare(loaded.select(range(300)), tokenizer, max_length=256)
+    assert report.kept + sum(report.dropped.values()) == 300 and bool(report.examples) == (source != "hh")
+    batch = PreferenceCollator(tokenizer.pad_token_id)([prepared[i] for i in range(8)])
+    good = batch["input_ids"].shape[1] <= 256 and bool((batch["completion_mask"].sum(-1) > 1).all())
+    assert good, "a batch is too long or has an empty response"
+
+
+@needs_data
+def test_hh_odd_rows(monkeypatch, tokenizer):
+    monkeypatch.setenv("TOKPREF_DATA", str(ROOT))
+    raw, loaded = load_texts("hh", "test"), load_preferences("hh", "test")
+    same = all(row["prompt"] + row[side] == whole[side] for row, whole in zip(loaded, raw) for side in ("chosen", "rejected"))
+    ends = all(row["prompt"].endswith("\n\nAssistant:") for row in loaded)
+    turns = all("\n\nHuman:" not in row[side] for row in loaded for side in ("chosen", "rejected"))
+    assert same and ends and turns
+    _, report = prepare(loaded, tokenizer, name="hh")
+    assert "5 of 2312 rows: a reply holds a second assistant turn" in report.note
+    assert report.dropped == {"empty chosen": 4} and not report.examples
+
+
+@needs_data
+def test_real_texts(monkeypatch):
+    monkeypatch.setenv("TOKPREF_DATA", str(ROOT))
+    assert [len(load_texts("stanfordnlp/imdb", split)) for split in ("train", "test", "unsupervised")] == [25000, 25000, 50000]
+    assert len(load_texts("gsm8k", "test")) == 1319
+    assert set(load_texts("gsm8k", "train[:1]").column_names) == {"question", "answer"}
+
+
+def test_describe_row_shows_both_ends(tokenizer):
+    (row,), _ = prepare([dict(prompt="The sky is blue " * 40, chosen=" yes", rejected=" no")], tokenizer, max_length=100)
+    text = describe_row(row, tokenizer, most=10)
+    assert "more …" in text and "cut from its start" in text and text.count("<eos>") == 2
