@@ -184,6 +184,17 @@ def test_loader_with_workers(tokenizer):
         for name in a: torch.testing.assert_close(a[name], b[name])
 
 
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_ref_logps_are_left_aligned(tokenizer, side):
+    prepared, _ = prepare(some_rows(3), tokenizer)
+    values = {part: [[-1.0 - i for i in range(len(ids))] for ids in prepared[f"{part}_ids"]] for part in ("chosen", "rejected")}
+    rows = [row | {f"{part}_ref_logps": values[part][i] for part in values} for i, row in enumerate(prepared)]
+    ref_logps = PreferenceCollator(0, side, pad_to_multiple_of=16)(rows)["ref_logps"]
+    expected = values["chosen"] + values["rejected"]
+    assert ref_logps.shape == (6, max(map(len, expected)))
+    assert [row[row < 0].tolist() for row in ref_logps] == expected and bool((ref_logps[:, 0] == -1).all())
+
+
 def test_ref_logps_of_another_length_are_refused(tokenizer):
     prepared, _ = prepare(some_rows(1), tokenizer)
     row = prepared[0] | dict(chosen_ref_logps=[-1.0], rejected_ref_logps=[-1.0])
@@ -237,6 +248,8 @@ def test_unreachable_and_broken_sources_are_one_line(tmp_path, no_hub):
             (lambda: load_texts(tmp_path / "none.jsonl"), FileNotFoundError, "no file"),
             (lambda: load_texts(tmp_path / "broken.jsonl"), ValueError, "broken.jsonl"),
             (lambda: load_texts(tmp_path / "saved", "test"), ValueError, "no split 'test' in"),
+            (lambda: load_texts(tmp_path, data_dir="inside"), ValueError, "no folder 'inside'"),
+            (lambda: load_texts(tmp_path / "broken.jsonl", config="main"), ValueError, "config='main' would be ignored"),
             (lambda: load_preferences("imdb"), (FileNotFoundError, ValueError), "imdb")):
         with pytest.raises(error, match=words) as caught: call()
         assert "\n" not in str(caught.value)

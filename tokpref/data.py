@@ -27,8 +27,8 @@ import numpy as np
 import torch
 from datasets import Dataset, load_dataset
 
-# %% ../nbs/library/21_data.ipynb #64a0cc60
-from .losses.types import nearest
+# %% ../nbs/library/21_data.ipynb #be735480
+from .losses.types import check_unused, nearest
 
 # %% ../nbs/library/21_data.ipynb #01283afd
 def shared_prefix(chosen: str | list, rejected: str | list) -> int:
@@ -626,7 +626,7 @@ def _file(path: Path, split: str) -> Dataset:
         raise ValueError(f"a file is one split: pass split='train{rest}', or a file with {name!r} in its name")
     return load_dataset(_FORMATS[Path(path.name.removesuffix(".gz")).suffix], data_files=str(path), split="train" + rest)
 
-# %% ../nbs/library/21_data.ipynb #da71ae17
+# %% ../nbs/library/21_data.ipynb #b1ca9cf3
 def _folder(folder: Path, split: str, loader: Loader) -> Dataset:
     "A split of a folder laid out like a hub dataset, or of one written by `save_to_disk`."
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
@@ -634,10 +634,10 @@ def _folder(folder: Path, split: str, loader: Loader) -> Dataset:
         if isinstance(saved, Dataset): saved = {str(saved.split or "train"): saved}
         if split in saved: return saved[split]
         raise ValueError(f"no split {split!r} in {list(saved)} (and none of its slices: saved datasets have none)")
-    data_dir = loader.data_dir if loader.data_dir and (folder / loader.data_dir).is_dir() else None
-    return load_dataset(str(folder), name=loader.config, data_dir=data_dir, split=split)
+    if loader.data_dir and not (folder / loader.data_dir).is_dir(): raise ValueError(f"no folder {loader.data_dir!r} in {folder}")
+    return load_dataset(str(folder), name=loader.config, data_dir=loader.data_dir, split=split)
 
-# %% ../nbs/library/21_data.ipynb #f231e98b
+# %% ../nbs/library/21_data.ipynb #a7190552
 def _hub(source: str, split: str, loader: Loader, root: Path | None) -> Dataset:
     "A split of a dataset on the hub; one line on what to do if it cannot be had."
     try: return load_dataset(loader.hub_id, name=loader.config, data_dir=loader.data_dir, revision=loader.revision, split=split)
@@ -652,7 +652,9 @@ def _hub(source: str, split: str, loader: Loader, root: Path | None) -> Dataset:
 def _open(source: str, split: str, loader: Loader) -> Dataset:
     "The raw split of a file, of a local folder, or of a hub dataset, in this order."
     path, root = Path(source).expanduser(), data_root()
-    if Path(path.name.removesuffix(".gz")).suffix in _FORMATS and not path.is_dir(): return _file(path, split)
+    if Path(path.name.removesuffix(".gz")).suffix in _FORMATS and not path.is_dir():
+        check_unused(False, "a file is one table", config=(loader.config, None), data_dir=(loader.data_dir, None))
+        return _file(path, split)
     name, rest = _split(split)
     split = dict(loader.splits).get(name, name) + rest
     if source not in LOADERS and path.is_dir(): return _folder(path, split, loader)
