@@ -33,9 +33,9 @@ def kl_from_sample(stats: TokenStats) -> Tensor:
     rho = widen(stats.logps - stats.need("ref_logps")).masked_fill(~stats.mask, 0.0)
     return torch.expm1(rho.clamp(max=30.0)) - rho
 
-# %% ../../nbs/derivations/07_tbpo.ipynb #92f93818
+# %% ../../nbs/derivations/07_tbpo.ipynb #67d238e9
 def token_scores(stats: TokenStats, variant: str) -> Tensor:
-    "[B, T] w_t(ρ_t + K_t) for 'a', with K_t from the written token for 'a_k3', w_t ρ_t for 'q'; 0 where padded, at least float32."
+    "[B, T] w_t(ρ_t + K_t) for 'a', with K_t from the written token for 'a_k3', w_t ρ_t for 'q'; 0 where padded, float32 up."
     if variant == "a": return widen(stats.log_ratio) + widen(stats.kl_terms)
     if variant == "a_k3": return widen(stats.log_ratio) + stats.per_token(kl_from_sample(stats))
     return widen(stats.log_ratio)
