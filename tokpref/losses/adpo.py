@@ -5,13 +5,12 @@
 # %% auto #0
 __all__ = ['adpo_loss']
 
-# %% ../../nbs/derivations/04_adpo.ipynb #51fb7bca
+# %% ../../nbs/derivations/04_adpo.ipynb #f67bee2d
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dpo import _check_same_batch, _lengths
-from .types import LOSSES, LossSpec, PairLoss, TokenStats, check_positive
+from .types import LOSSES, LossSpec, PairLoss, TokenStats, check_positive, check_same_batch, nonempty_lengths
 
 # %% ../../nbs/derivations/04_adpo.ipynb #d2b221c9
 def _positions(mask: Tensor) -> Tensor:
@@ -38,10 +37,10 @@ def _check_granularity(window: int | None, segments: int | None) -> None:
         if value is not None and (type(value) is not int or value < 1):
             raise ValueError(f"{name} must be a positive whole number, got {value!r}")
 
-# %% ../../nbs/derivations/04_adpo.ipynb #d73eac3b
+# %% ../../nbs/derivations/04_adpo.ipynb #b2cf7271
 def _units(chosen: TokenStats, rejected: TokenStats, window: int | None, segments: int | None) -> tuple[Tensor, Tensor, Tensor]:
     "The unit of every chosen token [B, T] and of every rejected one [B, T], and how many units each pair has [B]."
-    lengths = torch.stack([_lengths(chosen), _lengths(rejected)])
+    lengths = torch.stack([nonempty_lengths(chosen), nonempty_lengths(rejected)])
     if window: return _window_of(chosen.mask, window), _window_of(rejected.mask, window), -(-lengths.amax(0) // window)
     parts = lengths.amin(0).clamp(max=segments)
     return _part_of(chosen.mask, parts), _part_of(rejected.mask, parts), parts
@@ -51,7 +50,7 @@ def _unit_sums(value: Tensor, unit: Tensor, n_units: int) -> Tensor:
     "[B, n_units] sum of `value` [B, T] over the tokens of each unit; a unit without tokens gets 0."
     return value.new_zeros(len(value), n_units).scatter_add(1, unit, value)
 
-# %% ../../nbs/derivations/04_adpo.ipynb #22e5dd6a
+# %% ../../nbs/derivations/04_adpo.ipynb #18f32ba6
 def adpo_loss(
     chosen: TokenStats,             # preferred responses; needs ref_logps
     rejected: TokenStats,           # dispreferred responses to the same prompts; its T may differ
@@ -64,7 +63,7 @@ def adpo_loss(
     A pair has ⌈max(Tʷ, Tˡ)/k⌉ windows or min(m, Tʷ, Tˡ) parts of its own, whatever the batch is padded to. Rewards are βΔ.
     `ValueError` for β ≤ 0, unless exactly one of window and segments is a positive int, and for an empty response.
     """
-    _check_same_batch(chosen, rejected)
+    check_same_batch(chosen, rejected)
     _check_granularity(window, segments)
     check_positive("beta", beta)
     chosen_unit, rejected_unit, n_units = _units(chosen, rejected, window, segments)

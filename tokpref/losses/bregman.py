@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# %% ../../nbs/derivations/06_bregman.ipynb #9815e120
-from .dpo import _check_same_batch
-from .types import LOSSES, LossSpec, PairLoss, TokenStats, check_positive, check_unused, nearest
+# %% ../../nbs/derivations/06_bregman.ipynb #79ca3b74
+from .types import LOSSES, LossSpec, PairLoss, TokenStats, check_positive, check_same_batch, check_unused, nearest
 
 # %% ../../nbs/derivations/06_bregman.ipynb #76ee0f79
 def widen(value: Tensor) -> Tensor:
@@ -84,7 +83,7 @@ def bregman_risk(
     z = z.clamp(-clamp_limit(lam), clamp_limit(lam))
     return factor * (_phi(1 + lam, z) + _phi(-lam, z))
 
-# %% ../../nbs/derivations/06_bregman.ipynb #7db590c1
+# %% ../../nbs/derivations/06_bregman.ipynb #732bf393
 def bpo_loss(
     chosen: TokenStats,         # [B, T_w]; needs ref_logps
     rejected: TokenStats,       # [B, T_l]
@@ -97,7 +96,7 @@ def bpo_loss(
 
     Raises `ValueError` for β ≤ 0, rows that do not pair up, an unknown generator, a bad lam or scale, or one that nobody reads.
     """
-    _check_same_batch(chosen, rejected)
+    check_same_batch(chosen, rejected)
     check_positive("beta", beta)
     check_generator(generator, lam=(lam, 1.0), scale=(scale, 4.0))
     chosen_rewards, rejected_rewards = (beta * widen(side.log_ratio).sum(-1) for side in (chosen, rejected))

@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['dpo_loss', 'ipo_loss', 'simpo_loss']
 
-# %% ../../nbs/derivations/02_dpo.ipynb #53a83cc9
+# %% ../../nbs/derivations/02_dpo.ipynb #b9ae09b9
 import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .types import LOSSES, LossSpec, PairLoss, TokenStats, check_positive, check_unused, nearest
+from .types import (LOSSES, LossSpec, PairLoss, TokenStats, check_not_negative, check_positive,
+                                  check_same_batch, check_unused, nearest, nonempty_lengths)
 
 # %% ../../nbs/derivations/02_dpo.ipynb #73c33e17
 _MAX_EXPONENT = 30.0    # e^30 is about 1e13: past it a score stays constant and the response gets no gradient
@@ -31,7 +32,7 @@ _SCORES = {     # f'(e^Δ) of each divergence, shifted by a constant to be 0 at 
     "alpha": lambda delta, alpha: _expm1((alpha - 1) * delta) / (alpha - 1),
 }
 
-# %% ../../nbs/derivations/02_dpo.ipynb #c34d1adf
+# %% ../../nbs/derivations/02_dpo.ipynb #b569171b
 def _check_divergence(f_divergence: str, alpha: float) -> None:
     "Raise `ValueError` for an unknown divergence, an `alpha` that nothing reads, or one that has no formula."
     if f_divergence not in _SCORES: raise ValueError(f"unknown f_divergence {f_divergence!r}{nearest(f_divergence, _SCORES)}")
@@ -40,19 +41,7 @@ def _check_divergence(f_divergence: str, alpha: float) -> None:
         raise ValueError(f"alpha must be a finite number, got {alpha!r}")
     if alpha == 1: raise ValueError("alpha=1 is singular: its limit is the reverse KL, so use f_divergence='reverse_kl'")
 
-
-def _check_not_negative(name: str, value: float, below: float = math.inf) -> None:
-    "Raise `ValueError` unless `value` is a number from 0 up to, and without, `below`."
-    if not (isinstance(value, (int, float)) and 0 <= value < below):
-        raise ValueError(f"{name} must be a number in [0, {below}), got {value!r}")
-
-
-def _check_same_batch(chosen: TokenStats, rejected: TokenStats) -> None:
-    "Raise `ValueError` unless there is one rejected response for each chosen one."
-    if len(chosen.mask) != len(rejected.mask):
-        raise ValueError(f"chosen has {len(chosen.mask)} rows and rejected {len(rejected.mask)}: row i of both must be one pair")
-
-# %% ../../nbs/derivations/02_dpo.ipynb #583f0e26
+# %% ../../nbs/derivations/02_dpo.ipynb #f01ca9aa
 def dpo_loss(
     chosen: TokenStats,                 # preferred responses; needs ref_logps
     rejected: TokenStats,               # dispreferred responses to the same prompts; its T may differ
@@ -66,23 +55,16 @@ def dpo_loss(
     Conservative DPO mixes in the flipped label; f-DPO replaces Δ by f'(e^Δ), exponents cut off at 30 (Wang et al. 2023, arXiv
     2309.16240). Rewards are βΔ, or βf'(e^Δ). `ValueError` for β ≤ 0, ε outside [0, 0.5), an unknown divergence, an unread alpha.
     """
-    _check_same_batch(chosen, rejected)
+    check_same_batch(chosen, rejected)
     _check_divergence(f_divergence, alpha)
     check_positive("beta", beta)
-    _check_not_negative("label_smoothing", label_smoothing, below=0.5)
+    check_not_negative("label_smoothing", label_smoothing, below=0.5)
     chosen_rewards, rejected_rewards = (beta * _SCORES[f_divergence](r.log_ratio.sum(-1), alpha) for r in (chosen, rejected))
     margin = chosen_rewards - rejected_rewards
     losses = -(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)
     return PairLoss(losses, chosen_rewards, rejected_rewards)
 
-# %% ../../nbs/derivations/02_dpo.ipynb #04939738
-def _lengths(stats: TokenStats) -> Tensor:
-    "[B] response lengths, after making sure that none is 0."
-    empty = (stats.lengths == 0).nonzero().flatten().tolist()
-    if empty: raise ValueError(f"rows {empty} have no response token: drop these pairs, or keep at least the end token")
-    return stats.lengths
-
-# %% ../../nbs/derivations/02_dpo.ipynb #b0a452c6
+# %% ../../nbs/derivations/02_dpo.ipynb #5643b9c0
 def ipo_loss(
     chosen: TokenStats,         # preferred responses; needs ref_logps
     rejected: TokenStats,       # dispreferred responses to the same prompts; its T may differ
@@ -94,13 +76,13 @@ def ipo_loss(
     The paper and the DPO authors' code sum over tokens, `average=True` takes the mean. Rewards are βΔ with that same Δ.
     `ValueError` for β ≤ 0 and, with `average`, for an empty response.
     """
-    _check_same_batch(chosen, rejected)
+    check_same_batch(chosen, rejected)
     check_positive("beta", beta)
-    chosen_delta, rejected_delta = (r.log_ratio.sum(-1) / (_lengths(r) if average else 1) for r in (chosen, rejected))
+    chosen_delta, rejected_delta = (r.log_ratio.sum(-1) / (nonempty_lengths(r) if average else 1) for r in (chosen, rejected))
     losses = (chosen_delta - rejected_delta - 1 / (2 * beta)) ** 2
     return PairLoss(losses, beta * chosen_delta, beta * rejected_delta)
 
-# %% ../../nbs/derivations/02_dpo.ipynb #1aaa3ed6
+# %% ../../nbs/derivations/02_dpo.ipynb #e031fd72
 def simpo_loss(
     chosen: TokenStats,         # preferred responses; ref_logps may be None
     rejected: TokenStats,       # dispreferred responses to the same prompts; its T may differ
@@ -112,12 +94,12 @@ def simpo_loss(
     No reference: rewards are β times the mean log-probability of a token. `ValueError` for β ≤ 0, γ < 0, an empty response,
     and for token weights, which would make the mean ambiguous.
     """
-    _check_same_batch(chosen, rejected)
+    check_same_batch(chosen, rejected)
     check_positive("beta", beta)
-    _check_not_negative("gamma", gamma)
+    check_not_negative("gamma", gamma)
     for r in (chosen, rejected):
         if r.weights is not None: raise ValueError("simpo_loss takes no token weights: leave TokenStats.weights as None")
-    chosen_rewards, rejected_rewards = (beta * r.per_token(r.logps).sum(-1) / _lengths(r) for r in (chosen, rejected))
+    chosen_rewards, rejected_rewards = (beta * r.per_token(r.logps).sum(-1) / nonempty_lengths(r) for r in (chosen, rejected))
     return PairLoss(-F.logsigmoid(chosen_rewards - rejected_rewards - gamma), chosen_rewards, rejected_rewards)
 
 # %% ../../nbs/derivations/02_dpo.ipynb #2c1405be

@@ -9,15 +9,14 @@ __all__ = ['shared_positions', 'kl_from_sample', 'token_scores', 'BaselineHead',
 import torch
 from torch import Tensor, nn
 
-# %% ../../nbs/derivations/07_tbpo.ipynb #42941b11
+# %% ../../nbs/derivations/07_tbpo.ipynb #be4f4c48
 from .bregman import bregman_risk, check_generator, widen
-from .dpo import _check_same_batch
-from .types import LOSSES, LossSpec, PairLoss, TokenStats, check_positive, check_unused, nearest
+from .types import LOSSES, LossSpec, PairLoss, TokenStats, check_positive, check_same_batch, check_unused, nearest
 
-# %% ../../nbs/derivations/07_tbpo.ipynb #d8f3783c
+# %% ../../nbs/derivations/07_tbpo.ipynb #96e95398
 def shared_positions(chosen: TokenStats, rejected: TokenStats) -> tuple[TokenStats, TokenStats]:
     "Both sides cut to t = 1..min(T_w, T_l) of each pair, with one mask. Raises `ValueError` when a pair shares no position."
-    _check_same_batch(chosen, rejected)
+    check_same_batch(chosen, rejected)
     T = min(chosen.mask.shape[1], rejected.mask.shape[1])
     mask = chosen.mask[:, :T] & rejected.mask[:, :T]
     empty = (~mask.any(-1)).nonzero().flatten().tolist()

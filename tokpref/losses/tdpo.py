@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['tdpo_loss']
 
-# %% ../../nbs/derivations/05_tdpo.ipynb #202655b6
+# %% ../../nbs/derivations/05_tdpo.ipynb #627d35c4
 import torch.nn.functional as F
 
-from .dpo import _check_not_negative, _check_same_batch
-from .types import LOSSES, LossSpec, PairLoss, TokenStats, check_positive, check_unused
+from .types import (LOSSES, LossSpec, PairLoss, TokenStats, check_not_negative, check_positive,
+                                  check_same_batch, check_unused)
 
-# %% ../../nbs/derivations/05_tdpo.ipynb #c50907d3
+# %% ../../nbs/derivations/05_tdpo.ipynb #134aa284
 def tdpo_loss(
     chosen: TokenStats,         # preferred responses; needs ref_logps and kl
     rejected: TokenStats,       # dispreferred responses to the same prompts; its T may differ
@@ -25,11 +25,11 @@ def tdpo_loss(
     over positions. Rewards are β(Δ + SeqKL) in both. `ValueError` for β ≤ 0, α < 0, an alpha that version 1 would ignore,
     another version, or statistics without kl.
     """
-    _check_same_batch(chosen, rejected)
+    check_same_batch(chosen, rejected)
     check_positive("beta", beta)
     if version not in (1, 2): raise ValueError(f"version must be 1 (TDPO1) or 2 (TDPO2), got {version!r}")
     check_unused(version == 2, "TDPO1 has no alpha, version=2 has", alpha=(alpha, 0.5))
-    _check_not_negative("alpha", alpha)
+    check_not_negative("alpha", alpha)
     chosen_delta, rejected_delta = (r.log_ratio.sum(-1) for r in (chosen, rejected))
     chosen_kl, rejected_kl = (r.kl_terms.sum(-1) for r in (chosen, rejected))
     drift = rejected_kl - chosen_kl if version == 1 else alpha * (rejected_kl - chosen_kl.detach())
