@@ -66,7 +66,7 @@ def _styles(names: Iterable[str]) -> dict[str, dict]:
         found[name] = next((look for look in looks if look["color"] not in taken), looks[-1])
     return found
 
-# %% ../nbs/library/25_plots.ipynb #be5f5fc3
+# %% ../nbs/library/25_plots.ipynb #67b2259a
 class _Page(Figure):
     "A matplotlib `Figure` that a notebook shows as a picture even when nobody imported pyplot."
 
@@ -92,7 +92,7 @@ def _frame(figsize: tuple[float, float], columns: int = 1, **grid) -> tuple[Figu
     for ax in axes: ax.tick_params(length=0)
     return fig, list(axes)
 
-
+# %% ../nbs/library/25_plots.ipynb #981cbaf7
 def _finite(rows: Sequence[dict], keys: Sequence[str], what: str) -> list[dict]:
     "Rows as a list; raises when there are none, or one lacks a key or holds a value that is not finite."
     rows = list(rows)
@@ -121,7 +121,7 @@ def _legend_below(fig: Figure, ax) -> None:
     with rc_context(_RC):
         fig.legend(handles, labels, loc="outside lower center", ncols=math.ceil(len(labels) / rows), handlelength=1.8, columnspacing=1.2)
 
-# %% ../nbs/library/25_plots.ipynb #916cab88
+# %% ../nbs/library/25_plots.ipynb #b5b9ac8c
 def _draw_frontier(ax, points: list[dict], optimum: Sequence[tuple[float, float]] | None) -> None:
     "Paths of (kl, reward) by loss, the last point of each drawn larger, and the optimum as a ceiling as far as they reach."
     right, rewards = 1.08 * max(point["kl"] for point in points), [point["reward"] for point in points]
@@ -140,7 +140,7 @@ def _draw_frontier(ax, points: list[dict], optimum: Sequence[tuple[float, float]
     ax.set_xlim(min(0.0, *(p["kl"] for p in points)), right if right > 0 else None)
     ax.set(xlabel=r"KL$(\pi_\theta\,\Vert\,\pi_{\mathrm{ref}})$ on samples, nats", ylabel="expected reward")
 
-
+# %% ../nbs/library/25_plots.ipynb #d489e836
 def frontier_plot(
     points: Sequence[dict],     # one dict a checkpoint: "loss", "kl" (nats), "reward", and "step" if it is one of several
     optimum: Sequence[tuple[float, float]] | None = None,    # (kl, reward) pairs of the best that any policy can do
@@ -178,7 +178,7 @@ def curves(
     _legend_below(fig, ax)
     return fig
 
-# %% ../nbs/library/25_plots.ipynb #a6f778d9
+# %% ../nbs/library/25_plots.ipynb #58864c65
 def _draw_bars(ax, values: dict[str, float], errors: dict[str, float], label: str, level: float | None) -> None:
     "Horizontal bars, first entry on top, each with its value written behind it."
     names, styles = list(values), _styles(values)
@@ -198,7 +198,7 @@ def _draw_bars(ax, values: dict[str, float], errors: dict[str, float], label: st
     ax.set_xlim(low - (0.05 * span if low < 0 else 0), high + 0.2 * span + max(errors.values(), default=0.0))
     ax.set_xlabel(label)
 
-
+# %% ../nbs/library/25_plots.ipynb #2aa28bec
 def bars(
     values: dict[str, float],                   # loss -> value
     errors: dict[str, float] | None = None,     # loss -> standard error
@@ -265,7 +265,7 @@ def _lay_out(texts: Sequence[Sequence[str]], line: float) -> tuple[list[list[tup
         placed.append(places)
     return placed, row + 1
 
-# %% ../nbs/library/25_plots.ipynb #66e4f88c
+# %% ../nbs/library/25_plots.ipynb #0f7ba063
 def _draw_tokens(ax, text: Sequence[str], values: list[float], places: list, left: float, limit: float) -> None:
     "One text: a coloured box and a word for every token, sizes in inches."
     for token, value, (x, row, width) in zip(text, values, places):
@@ -275,7 +275,7 @@ def _draw_tokens(ax, text: Sequence[str], values: list[float], places: list, lef
         ax.text(left + x + width / 2 - 0.01, row, token, ha="center", va="center", family="monospace", fontsize=9.5,
                 color=ink, parse_math=False)
 
-
+# %% ../nbs/library/25_plots.ipynb #685a9a2d
 def token_strip(
     tokens: Sequence,           # the tokens of one text, or a list of such lists
     values: Sequence,           # one number a token, or a list of such lists
@@ -303,7 +303,7 @@ def token_strip(
         _draw_tokens(ax, text, row, places, left, limit)
     return fig
 
-
+# %% ../nbs/library/25_plots.ipynb #3b719c9c
 def _check_strip(tokens, values, names, limit) -> tuple[list, list[list[float]], float]:
     "Tokens and values as lists of lists, and the limit of the colour scale."
     single = len(tokens) > 0 and isinstance(tokens[0], str)
