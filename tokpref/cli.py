@@ -6,7 +6,7 @@
 __all__ = ['read_yaml', 'parse_settings', 'read_config', 'train_settings', 'run_train', 'run_compare', 'run_evaluate', 'run_data',
            'make_parser', 'main']
 
-# %% ../nbs/library/24_cli.ipynb #0843ca6b
+# %% ../nbs/library/24_cli.ipynb #c3dfcf17
 import argparse
 import json
 import logging
@@ -15,10 +15,8 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
-# %% ../nbs/library/24_cli.ipynb #338bead4
 import yaml
 
-# %% ../nbs/library/24_cli.ipynb #4f3b73ce
 from . import __version__
 from .losses import LOSSES
 from .losses.types import nearest

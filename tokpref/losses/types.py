@@ -6,24 +6,25 @@
 __all__ = ['LOSSES', 'TokenStats', 'PairLoss', 'nearest', 'check_positive', 'check_unused', 'check_not_negative',
            'check_same_batch', 'nonempty_lengths', 'LossSpec', 'LossRegistry']
 
-# %% ../../nbs/derivations/00_notation.ipynb #711806d8
+# %% ../../nbs/derivations/00_notation.ipynb #f1daccdc
 import difflib
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-# %% ../../nbs/derivations/00_notation.ipynb #b411bab9
 import torch
 from torch import Tensor
 
-# %% ../../nbs/derivations/00_notation.ipynb #bc5c1bdf
+# %% ../../nbs/derivations/00_notation.ipynb #82df85e8
+_HOW_TO_GET = {"ref_logps": "pass a reference model to token_stats", "kl": "call token_stats(..., kl=True)",
+               "baseline": "pass baseline= (a BaselineHead) to token_stats"}
+
+# %% ../../nbs/derivations/00_notation.ipynb #6697fdce
 @dataclass
 class TokenStats:
-    """Per-token numbers of a batch of responses: all that any loss here needs to know of a model.
+    """Per-token numbers of B responses, left-aligned, in nats: all that any loss here needs to know of a model.
 
-    Rows are responses, left-aligned: column 0 is the first response token. Log-probabilities and KL are in nats.
-    Raises `ValueError` when shapes disagree and `TypeError` when `mask` is not boolean.
-    """
+    Raises `ValueError` when shapes disagree and `TypeError` when `mask` is not boolean."""
 
     logps: Tensor                       # [B, T] log π_θ(y_t|s_t), 0 where padded, carries gradient
     ref_logps: Tensor | None            # [B, T] log π_ref(y_t|s_t), 0 where padded, no gradient; None if there is no reference
@@ -66,10 +67,6 @@ class TokenStats:
     def lengths(self) -> Tensor:
         "[B] number of response tokens, the end token included."
         return self.mask.sum(-1)
-
-
-_HOW_TO_GET = {"ref_logps": "pass a reference model to token_stats", "kl": "call token_stats(..., kl=True)",
-               "baseline": "pass baseline= (a BaselineHead) to token_stats"}
 
 # %% ../../nbs/derivations/00_notation.ipynb #d611784c
 @dataclass
