@@ -212,7 +212,7 @@ def one_step_policy(
     check_positive("beta", beta)
     return (tree.ref_logps + reference_values(tree)[0] / beta).log_softmax(-1)
 
-# %% ../nbs/derivations/03_token_mdp.ipynb #0b15afcc
+# %% ../nbs/derivations/03_token_mdp.ipynb #14149a51
 @dataclass
 class Pairs:
     "A population of comparisons: rows are whole responses or single tokens, and each ordered pair of rows has a probability."
@@ -224,7 +224,7 @@ class Pairs:
     rejected: Tensor    # [P] rows
     weights: Tensor     # [P] probability of seeing this pair, in this order; sums to 1
 
-
+# %% ../nbs/derivations/03_token_mdp.ipynb #51ae405a
 def _labelled(path: Tensor, tokens: Tensor, mask: Tensor, mass: Tensor, scores: Tensor) -> Pairs:
     "All pairs of rows with `mass` [R, R] > 0, labelled by P(i ≻ j) = σ(scoresᵢ − scoresⱼ)."
     chosen, rejected = mass.nonzero().T
@@ -250,7 +250,7 @@ def token_pairs(
     together = mass[:, None] * mass * (depth[:, None] == depth)
     return _labelled(edges // tree.vocab, edges % tree.vocab, torch.ones_like(edges).bool(), together, scores.flatten())
 
-# %% ../nbs/derivations/03_token_mdp.ipynb #86f73418
+# %% ../nbs/derivations/03_token_mdp.ipynb #ec3f1d0e
 def table_stats(
     tree: TokenTree,
     log_policy: Tensor,                 # [S, V] log π_θ(a|s)
@@ -268,7 +268,7 @@ def table_stats(
     side = lambda rows: TokenStats(mask=pairs.mask[rows], **{name: v if v is None else v[rows] for name, v in at.items()})
     return side(pairs.chosen), side(pairs.rejected)
 
-
+# %% ../nbs/derivations/03_token_mdp.ipynb #62404682
 def population_loss(
     tree: TokenTree,
     log_policy: Tensor,                 # [S, V] log π_θ(a|s)
@@ -281,7 +281,7 @@ def population_loss(
     stats = table_stats(tree, log_policy, pairs, baseline, spec.kl, spec.reference)
     return pairs.weights @ spec(*stats, **options).losses
 
-# %% ../nbs/derivations/03_token_mdp.ipynb #76ad940f
+# %% ../nbs/derivations/03_token_mdp.ipynb #8ebdeac9
 @dataclass
 class Fit:
     "The policy at which a population loss is stationary."
@@ -291,7 +291,7 @@ class Fit:
     gradient: float             # largest entry of the gradient that is left
     baseline: Tensor | None     # [S], for a loss that learns one
 
-
+# %% ../nbs/derivations/03_token_mdp.ipynb #fc611491
 def _gradient(loss: Callable[[Tensor], Tensor], theta: Tensor) -> Tensor:
     theta = theta.clone().requires_grad_()
     return torch.autograd.grad(loss(theta), theta)[0]
