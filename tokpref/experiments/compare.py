@@ -7,7 +7,7 @@ __all__ = ['VARIANTS', 'TASKS', 'LossRun', 'RunConfig', 'resolve_losses', 'Probl
            'held_out_metrics', 'train_one', 'fingerprint', 'own_settings', 'write_json', 'versions', 'hardware',
            'compare', 'optimal_reward', 'summarise', 'comparison_table', 'comparison_figure']
 
-# %% ../../nbs/experiments/30_compare.ipynb #10c043a6
+# %% ../../nbs/experiments/30_compare.ipynb #7e1efb15
 import contextlib
 import copy
 import gc
@@ -24,7 +24,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
-# %% ../../nbs/experiments/30_compare.ipynb #e7190d48
 import datasets
 import numpy as np
 import torch
@@ -33,7 +32,6 @@ from tqdm import tqdm
 from transformers import PrinterCallback, TrainerCallback
 from transformers.utils import logging as transformers_logging
 
-# %% ../../nbs/experiments/30_compare.ipynb #e454ba20
 from ..data import PreferenceCollator, prepare
 from ..evaluation import preference_metrics
 from ..losses import LOSSES

@@ -8,7 +8,7 @@ __all__ = ['SentimentConfig', 'Reviews', 'clean', 'load_reviews', 'template_revi
            'SentimentClassifier', 'train_classifier', 'review_reward', 'review_prompts', 'review_pairs',
            'estimated_optimum', 'stage_key', 'run_stage', 'train_examples', 'review_metrics', 'prepare_sentiment']
 
-# %% ../../nbs/experiments/40_sentiment.ipynb #480a91d8
+# %% ../../nbs/experiments/40_sentiment.ipynb #14505afb
 import copy
 import json
 import logging
@@ -24,7 +24,6 @@ from functools import lru_cache, partial
 from itertools import combinations
 from pathlib import Path
 
-# %% ../../nbs/experiments/40_sentiment.ipynb #32d78cf3
 import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -33,7 +32,6 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-# %% ../../nbs/experiments/40_sentiment.ipynb #94518f46
 from ..data import load_texts
 from ..evaluation import boltzmann_frontier, reward_kl_point, sample, score_samples
 from .compare import TASKS, Problem, RunConfig, Task, fingerprint, write_json

@@ -7,14 +7,13 @@ __all__ = ['ToyConfig', 'toy_tokenizer', 'all_prompts', 'all_strings', 'to_text'
            'outcome_logps', 'outcome_rewards', 'optimal_logps', 'mean_reward', 'mean_kl', 'improved_tree',
            'grammar_strings', 'pretrain', 'sample_pairs', 'toy_metrics', 'start_policy', 'prepare_toy']
 
-# %% ../../nbs/experiments/31_toy.ipynb #5b8cad17
+# %% ../../nbs/experiments/31_toy.ipynb #47a17f5c
 import string
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-# %% ../../nbs/experiments/31_toy.ipynb #2e993c3d
 import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -22,7 +21,6 @@ from torch import Tensor
 from tqdm import trange
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-# %% ../../nbs/experiments/31_toy.ipynb #202aa90b
 from .compare import TASKS, Problem, RunConfig, Task, fingerprint, own_settings, write_json
 
 # %% ../../nbs/experiments/31_toy.ipynb #90506bca
