@@ -14,6 +14,7 @@ _LAZY = {
     "stats": ["response_stats", "split_pairs", "token_stats"],
     "data": ["PreferenceCollator", "load_preferences", "load_texts", "prepare"],
     "trainer": ["PreferenceConfig", "PreferenceTrainer"],
+    "evaluation": ["preference_metrics", "sample", "sample_kl"],
     "experiments.compare": ["compare"],
 }
 _HOME = {name: module for module, names in _LAZY.items() for name in names}
