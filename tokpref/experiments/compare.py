@@ -366,19 +366,21 @@ def compare(
     write_json(folder / "comparison.json", record)
     return record
 
-# %% ../../nbs/experiments/30_compare.ipynb #b1f3bb5a
+# %% ../../nbs/experiments/30_compare.ipynb #736ebc29
 def optimal_reward(
     optimum: Sequence[Sequence[float]],     # (kl, reward) points
     kl: float,                              # where to read
-) -> float | None:                          # None if there are no points
-    "The best reward at a given KL, by linear interpolation, continued flat to both sides."
+) -> float | None:                          # None outside the points
+    "The best reward at a given KL, by linear interpolation."
     points = sorted((float(k), float(r)) for k, r in optimum)
-    return float(np.interp(kl, *zip(*points))) if points else None
+    if not points or not points[0][0] <= kl <= points[-1][0]: return None
+    return float(np.interp(kl, *zip(*points)))
 
 
 def _share(record: dict, metrics: dict) -> float | None:
     "Gain in reward over the largest possible gain at the same KL."
-    start, best = record["start"]["reward"], optimal_reward([(0.0, record["start"]["reward"]), *record["optimum"]], metrics["kl"])
+    start = record["start"]["reward"]
+    best = optimal_reward([(0.0, start), *record["optimum"]], max(metrics["kl"], 0.0))
     return None if best is None or best - start < 1e-6 else (metrics["reward"] - start) / (best - start)
 
 # %% ../../nbs/experiments/30_compare.ipynb #1a5e1c7d
@@ -427,7 +429,7 @@ def comparison_table(
     text.insert(1, "─" * len(text[0]))
     return "\n".join([*text, *[f"{line['label']}: {line['error']}" for line in lines if line.get("error")]])
 
-# %% ../../nbs/experiments/30_compare.ipynb #14108b27
+# %% ../../nbs/experiments/30_compare.ipynb #8e3a6392
 def comparison_figure(
     record: dict,               # what `compare` returns
     seed: int | None = None,    # whose paths; None: the first
@@ -439,6 +441,7 @@ def comparison_figure(
     points = [{"loss": run["label"], **point} for run in done for point in [*run["history"][:-1], run["metrics"]]]
     best = [(0.0, record["start"]["reward"]), *[tuple(point) for point in record["optimum"]]] if record["optimum"] else None
     right = 1.1 * max((point["kl"] for point in points), default=0.0)
-    visible = None if best is None else [*(point for point in best if point[0] < right), (right, optimal_reward(best, right))]
+    cut = optimal_reward(best, right) if best else None
+    visible = best and [*(point for point in best if point[0] < right), *([(right, cut)] if cut is not None else [])]
     title = f"{record['task']} ({record['profile']}): {record['description']}"
     return compare_figure(points, visible, metric=metric, label="accuracy on held-out pairs" if metric == "accuracy" else metric, title=title)

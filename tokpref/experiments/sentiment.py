@@ -39,7 +39,7 @@ from .compare import TASKS, Problem, RunConfig, Task, fingerprint, write_json
 # %% ../../nbs/experiments/40_sentiment.ipynb #145b9432
 _log = logging.getLogger(__name__)
 
-# %% ../../nbs/experiments/40_sentiment.ipynb #ee97c331
+# %% ../../nbs/experiments/40_sentiment.ipynb #3dd87d5c
 @dataclass(frozen=True)
 class SentimentConfig(RunConfig):
     "Film reviews: the data, the tokenizer, the language model, the classifier, the pairs, and how every loss is trained."
@@ -64,8 +64,8 @@ class SentimentConfig(RunConfig):
     label_temperature: float = 0.0          # 0: the higher score is chosen, as in the papers; else Bradley-Terry on the score / temperature
     eval_pair_prompts: int = 100            # from the test split, for the held-out pairs
     eval_prompts: int = 256                 # from the test split, one sample each for every point of a path
-    frontier_prompts: int = 64              # the first of those
-    frontier_samples: int = 64              # of the reference for each, for the estimated optimum
+    frontier_prompts: int = 48              # the first of those
+    frontier_samples: int = 256             # of the reference for each, for the estimated optimum
     frontier_ess: float = 8.0               # the estimate stops where fewer samples than this carry it
 
 # %% ../../nbs/experiments/40_sentiment.ipynb #d79a74fe
