@@ -33,6 +33,7 @@ def run(path: Path) -> None:
         cell.metadata = {k: v for k, v in cell.metadata.items() if k == "tags"}
         if cell.cell_type == "code":
             cell.outputs = [o for o in cell.outputs if worth_keeping(o)]
+            for output in cell.outputs: output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)    # dead without its kernel
     nb.metadata = {"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}}
     nbformat.write(nb, path)
     print(f"{path.relative_to(ROOT)}: {time.time() - start:.1f} s")
