@@ -7,9 +7,13 @@ __all__ = ['LOSS_STYLES', 'loss_style', 'frontier_plot', 'curves', 'bars', 'comp
 
 # %% ../nbs/library/25_plots.ipynb #8408ca8e
 import base64
+import html
 import importlib.util
 import io
+import itertools
+import json
 import math
+import os
 import re
 import sys
 import zlib
@@ -17,6 +21,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 # %% ../nbs/library/25_plots.ipynb #c5a2e626
 import numpy as np
+from PIL import Image
 from cycler import cycler
 from matplotlib import colormaps, rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -344,7 +349,7 @@ def _said(value) -> str:
     "A value as the slider shows it."
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
-# %% ../nbs/library/25_plots.ipynb #392a8983
+# %% ../nbs/library/25_plots.ipynb #249a0770
 class Slides:
     "A figure that depends on a few choices: sliders above it in a live notebook, one picture elsewhere."
 
@@ -357,18 +362,50 @@ class Slides:
 
     def widget(self):
         "Sliders and the picture they redraw, an `ipywidgets.VBox`."
-        from ipywidgets import Image, SelectionSlider, VBox
-        picture = Image(value=self.frame())
+        from ipywidgets import Image as Picture, SelectionSlider, VBox
+        picture = Picture(value=self.frame())
         sliders = [SelectionSlider(options=[(_said(v), i) for i, v in enumerate(values)], value=values.index(self.at[name]), description=name,
                                    continuous_update=False) for name, values in self.choices.items()]
         values = lambda: {name: self.choices[name][slider.value] for name, slider in zip(self.choices, sliders)}
         for slider in sliders: slider.observe(lambda _: setattr(picture, "value", self.frame(**values())), "value")
         return VBox([*sliders, picture])
 
+    def frames(self) -> dict[str, str]:
+        "Every picture as a data address (WebP without loss), by the positions of its sliders, such as \"0,3\"."
+        places = itertools.product(*(range(len(values)) for values in self.choices.values()))
+        at = lambda place: {name: values[i] for (name, values), i in zip(self.choices.items(), place)}
+        return {",".join(map(str, place)): _address(self.frame(**at(place))) for place in places}
+
+    def page(self) -> str:
+        "HTML that slides on its own: all frames, and a few lines of script to choose among them."
+        frames, start = self.frames(), [values.index(self.at[name]) for name, values in self.choices.items()]
+        said = {name: [_said(v) for v in values] for name, values in self.choices.items()}
+        inputs = "".join(_INPUT.format(name=name, last=len(said[name]) - 1, at=i, said=said[name][i], options=html.escape(json.dumps(said[name])))
+                         for name, i in zip(said, start))
+        return _PAGE.format(first=frames[",".join(map(str, start))], inputs=inputs, frames=json.dumps(frames))
+
     def _repr_mimebundle_(self, **_) -> dict:
         bundle = {"image/png": base64.b64encode(self.frame()).decode(), "text/plain": f"a figure with a slider for {', '.join(self.choices)}"}
-        if "ipywidgets" in sys.modules or importlib.util.find_spec("ipywidgets"): bundle = {**self.widget()._repr_mimebundle_(), **bundle}
+        if os.environ.get("TOKPREF_FRAMES"): bundle["text/html"] = self.page()
+        if importlib.util.find_spec("ipywidgets"): bundle = {**self.widget()._repr_mimebundle_(), **bundle}
         return bundle
+
+# %% ../nbs/library/25_plots.ipynb #87b23e5c
+_INPUT = ('<label>{name} <input type="range" min="0" max="{last}" value="{at}" data-said="{options}" '
+          'oninput="tokprefSlide(this)"> <output>{said}</output></label>')
+_PAGE = """<figure class="slides"><img alt="" src="{first}"><figcaption>{inputs}</figcaption><script type="application/json">{frames}</script>
+<script>function tokprefSlide(input) {{
+  const figure = input.closest("figure"), inputs = [...figure.querySelectorAll("input")];
+  for (const i of inputs) i.parentNode.querySelector("output").textContent = JSON.parse(i.dataset.said)[i.value];
+  figure.querySelector("img").src = JSON.parse(figure.querySelector("script").textContent)[inputs.map((i) => i.value).join()];
+}}</script></figure>"""
+
+
+def _address(png: bytes) -> str:
+    "A picture as a data address, recoded so that it takes less room."
+    buffer = io.BytesIO()
+    Image.open(io.BytesIO(png)).convert("RGB").save(buffer, "WEBP", lossless=True, quality=100)
+    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 # %% ../nbs/library/25_plots.ipynb #18781e89
 def slide(

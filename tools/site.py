@@ -1,0 +1,253 @@
+"""Render the site without Quarto: `python tools/site.py [folder]` (default _site), or `make site`.
+
+Takes what Quarto would take, the notebooks as `nbdev_proc_nbs` leaves them and `_quarto.yml`, and writes pages that open from disk with
+no network. pandoc does the Markdown, KaTeX the formulas (as HTML, once, here), MiniSearch the search. Where Quarto is installed,
+`nbdev_docs` renders the same pages.
+"""
+import base64
+import html
+import json
+import posixpath
+import re
+import shutil
+import struct
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import jinja2
+import nbformat
+import pypandoc
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+PARTS, MODULES = ROOT / "tools" / "site", ROOT / "tools" / "site" / "node_modules"
+MARKDOWN = "markdown+lists_without_preceding_blankline-implicit_figures-citations-tex_math_single_backslash"
+EQUATION = re.compile(r"\$\$(?P<tex>(?:(?!\$\$).)+?)\$\$[ \t]*\{#(?P<id>eq-[\w-]+)\}", re.S)
+REFERENCE = re.compile(r"(?<![\w`@/])@((?:eq|fig|sec|tbl)-[\w-]*\w)")
+DIRECTIVE = re.compile(r"^#\|\s*([\w-]+)\s*:?[ \t]*(.*)\n?", re.M)
+
+
+class SiteError(Exception):
+    "Something on a page that a reader would stumble on."
+
+
+@dataclass
+class Page:
+    "A notebook on its way to a page."
+
+    source: str                 # path below nbs/, as in the sidebar
+    section: str                # heading of the sidebar it stands under
+    text: str = ""              # what the sidebar calls it, if not by its title
+    meta: dict = field(default_factory=dict)
+    cells: list = field(default_factory=list)
+    body: str = ""
+    toc: list = field(default_factory=list)     # (level, id, html)
+    figures: dict = field(default_factory=dict) # path below the site -> PNG
+
+    @property
+    def url(self) -> str: return posixpath.join(posixpath.dirname(self.source), self.meta["output-file"])
+
+    @property
+    def title(self) -> str: return self.text or self.meta["title"]
+
+    @property
+    def top(self) -> str: return "../" * self.source.count("/")
+
+
+def site_description() -> dict:
+    "_quarto.yml over what nbdev writes from settings.ini."
+    own, nbdev = (yaml.safe_load((ROOT / "_proc" / name).read_text(encoding="utf-8")) for name in ("_quarto.yml", "nbdev.yml"))
+    return {**nbdev["website"], **own["website"]}
+
+
+def read_pages(site: dict) -> list[Page]:
+    "The notebooks of the sidebar, in its order."
+    pages = []
+    for entry in site["sidebar"]["contents"]:
+        for item in entry.get("contents", [entry]):
+            item = {"href": item} if isinstance(item, str) else item
+            pages.append(Page(item["href"], entry.get("section", ""), item.get("text", "")))
+    for page in pages:
+        cells = nbformat.read(ROOT / "_proc" / page.source, as_version=4).cells
+        page.meta, page.cells = yaml.safe_load(cells[0].source.strip().strip("-")), cells[1:]
+    return pages
+
+
+# From cells to Markdown
+
+def directives(cell) -> dict[str, str]:
+    "The `#| name: value` lines of a code cell, taken out of its source."
+    found = dict(DIRECTIVE.findall(cell.source))
+    cell.source = DIRECTIVE.sub("", cell.source).strip("\n")
+    return found
+
+
+def fenced(text: str, attributes: str) -> str:
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence}{{{attributes}}}\n{text.rstrip()}\n{fence}"
+
+
+def plain(text: str) -> str:
+    "The first sentence of some Markdown, without its markup: what a figure shows, for those who cannot see it."
+    text = re.sub(r"\[([^\]]*)\]\([^)]*\)|[*_`#>]|\$", r"\1", re.sub(r"\$\$.*?\$\$|^\s*#+.*$|^:::.*$", "", text, flags=re.S | re.M))
+    return re.split(r"(?<=[.:?!])\s", " ".join(text.split()))[0][:300]
+
+
+def picture(page: Page, png: str, alt: str) -> str:
+    "An image of a page, kept as a file, at the size it was drawn for."
+    data, name = base64.b64decode(png), f"{posixpath.splitext(page.meta['output-file'])[0]}-{len(page.figures) + 1}.png"
+    width, height = struct.unpack(">II", data[16:24])
+    page.figures[posixpath.join(posixpath.dirname(page.url), "figures", name)] = data
+    return f'<p class="figure"><img src="figures/{name}" width="{width}" height="{height}" alt="{html.escape(alt)}" loading="lazy"></p>'
+
+
+def output_markdown(page: Page, output, options: dict, alt: str) -> str:
+    "What one output of a cell looks like on the page."
+    data = output.get("data", {})
+    if "text/markdown" in data: return data["text/markdown"]
+    if "class=\"slides\"" in data.get("text/html", ""): return fenced(data["text/html"].replace('alt=""', f'alt="{html.escape(alt)}"', 1), "=html")
+    if "image/png" in data: return "```{=html}\n" + picture(page, data["image/png"], options.get("fig-alt", "").strip("\"'") or alt) + "\n```"
+    if "text/html" in data: return "```{=html}\n<div class=\"output\">" + "".join(data["text/html"]) + "</div>\n```"
+    text = "".join(output.get("text", "") or data.get("text/plain", ""))
+    return fenced(text, ".output") if text.strip() else ""
+
+
+def code_markdown(page: Page, cell, before: str) -> str:
+    "A code cell: its source, unless it asks not to be shown, and its outputs."
+    options = directives(cell)
+    if "hide" in options or options.get("include") == "false": return ""
+    parts = [fenced(cell.source, ".python")] if cell.source.strip() and options.get("echo") != "false" else []
+    if "code-fold" in options and parts: parts = [f"::: {{.exported title=\"{options.get('code-summary', '').strip(chr(34))}\"}}", *parts, ":::"]
+    return "\n\n".join([*parts, *(output_markdown(page, o, options, before) for o in cell.outputs)])
+
+
+def page_markdown(page: Page) -> str:
+    "The whole page as one Markdown text."
+    parts, before = [], page.meta["title"]
+    for cell in page.cells:
+        if cell.cell_type == "markdown":
+            parts.append(cell.source)
+            before = plain(cell.source) or before
+        elif cell.cell_type == "code": parts.append(code_markdown(page, cell, before))
+    return "\n\n".join(part for part in parts if part)
+
+
+# Equations, references, links
+
+def number_equations(text: str) -> tuple[str, dict[str, str]]:
+    "Display formulas with a label get a number and an anchor; returns also label -> how to refer to it."
+    labels: dict[str, str] = {}
+
+    def one(match):
+        labels[match["id"]] = f"equation&nbsp;{len(labels) + 1}"
+        return f"\n\n::: {{#{match['id']} .equation}}\n$${match['tex'].rstrip()} \\tag{{{len(labels)}}}$$\n:::\n\n"
+    return EQUATION.sub(one, text), labels
+
+
+def resolve(page: Page, pages: list[Page], markdown: str) -> str:
+    "Numbers for equations, words for references to them, and pages for links to notebooks."
+    blocks = re.split(r"(^(`{3,}).*?^\2\s*$|`[^`\n]+`)", markdown, flags=re.S | re.M)
+    texts = [block for i, block in enumerate(blocks) if i % 3 != 2]     # the fence itself is a group of its own
+    joined = "\0".join(text if i % 2 == 0 else f"\1{i}\1" for i, text in enumerate(texts))
+    joined, labels = number_equations(joined)
+    missing = [label for label in REFERENCE.findall(joined) if label not in labels]
+    if missing: raise SiteError(f"{page.source}: @{missing[0]} refers to nothing on this page")
+    joined = REFERENCE.sub(lambda m: f"[{labels[m[1]]}](#{m[1]})", joined)
+    joined = re.sub(r"\]\((?!https?:|#|mailto:)([^)\s]+\.ipynb)(#[^)\s]*)?\)", lambda m: f"]({link(page, pages, m[1])}{m[2] or ''})", joined)
+    return re.sub("\1(\\d+)\1", lambda m: texts[int(m[1])], joined).replace("\0", "")
+
+
+def link(page: Page, pages: list[Page], target: str) -> str:
+    "Where a link to a notebook leads, as seen from `page`."
+    path = posixpath.normpath(posixpath.join(posixpath.dirname(page.source), target))
+    found = next((p for p in pages if p.source == path), None)
+    if found is None: raise SiteError(f"{page.source}: a link leads to {target}, which is no page of the sidebar")
+    return posixpath.relpath(found.url, posixpath.dirname(page.source) or ".")
+
+
+# From Markdown to HTML
+
+def headings(body: str) -> list[tuple[int, str, str]]:
+    "(level, id, inner HTML) of the second and third level headings."
+    return [(int(level), id, inner) for level, id, inner in re.findall(r'<h([23])[^>]* id="([^"]+)"[^>]*>(.*?)</h\1>', body, re.S)]
+
+
+def typeset(bodies: list[str]) -> list[str]:
+    "Every formula as HTML, in one run of KaTeX; a formula it cannot read is an error."
+    formula = re.compile(r'<span class="math (inline|display)">(.*?)</span>', re.S)
+    found = [{"tex": html.unescape(tex), "display": kind == "display"} for body in bodies for kind, tex in formula.findall(body)]
+    done = subprocess.run(["node", PARTS / "katex.mjs"], input=json.dumps(found), capture_output=True, text=True, cwd=PARTS)
+    if done.returncode: raise SiteError(done.stderr.strip())
+    rendered = iter(json.loads(done.stdout))
+    return [formula.sub(lambda m: f'<span class="math {m[1]}">{next(rendered)}</span>', body) for body in bodies]
+
+
+def search_entries(page: Page) -> list[dict]:
+    "One entry a section: where it is and its words."
+    parts = re.split(r'<h[23][^>]* id="([^"]+)"[^>]*>(.*?)</h[23]>', page.body, flags=re.S)
+    words = lambda text: " ".join(html.unescape(re.sub(r"<[^>]+>", " ", re.sub(r'<span class="math.*?</math>.*?</span></span>', " ", text, flags=re.S))).split())
+    sections = [("", "", parts[0]), *zip(parts[1::3], parts[2::3], parts[3::3])]
+    return [{"url": page.url + (f"#{id}" if id else ""), "page": page.title, "title": words(heading), "text": words(text)[:4000]}
+            for id, heading, text in sections]
+
+
+def sidebar(pages: list[Page]) -> list[tuple[str, list[Page]]]:
+    "Sections with their pages, in order."
+    groups: dict[str, list[Page]] = {}
+    for page in pages: groups.setdefault(page.section, []).append(page)
+    return list(groups.items())
+
+
+def copy_assets(folder: Path) -> None:
+    "Styles, scripts and fonts, so that nothing is fetched from elsewhere."
+    assets = folder / "assets"
+    (assets / "fonts").mkdir(parents=True)
+    for name in ("site.css", "site.js"): shutil.copy(PARTS / name, assets)
+    shutil.copy(MODULES / "minisearch" / "dist" / "umd" / "index.js", assets / "minisearch.js")
+    shutil.copy(MODULES / "katex" / "dist" / "katex.min.css", assets)
+    for font in (MODULES / "katex" / "dist" / "fonts").glob("*.woff2"): shutil.copy(font, assets / "fonts")
+
+
+def write_lists(folder: Path, site: dict, pages: list[Page]) -> None:
+    "What machines read: the search index, the sitemap, llms.txt."
+    entries = [entry | {"id": i} for i, entry in enumerate(e for page in pages for e in search_entries(page))]
+    (folder / "assets" / "index.js").write_text(f"const PAGES = {json.dumps(entries, ensure_ascii=False)};\n", encoding="utf-8")
+    urls = "".join(f"<url><loc>{site['site-url']}/{page.url}</loc></url>" for page in pages)
+    (folder / "sitemap.xml").write_text(f'<?xml version="1.0" encoding="UTF-8"?>\n<urlset xmlns="http://www.sitemaps.org/schemas/sitemap/0.9">{urls}</urlset>\n')
+    lines = [f"# {site['title']}\n\n> {site['description']}\n"]
+    for section, group in sidebar(pages):
+        lines += [f"\n## {section or 'Start'}\n", *(f"- [{p.title}]({site['site-url']}/{p.url}): {p.meta.get('description', '')}" for p in group)]
+    (folder / "llms.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def build(folder: Path) -> list[Page]:
+    "The whole site into `folder`, which is emptied first."
+    subprocess.run([Path(sys.executable).parent / "nbdev_proc_nbs"], cwd=ROOT, check=True, capture_output=True)
+    site = site_description()
+    pages = read_pages(site)
+    for page in pages:
+        markdown = resolve(page, pages, page_markdown(page))
+        page.body = pypandoc.convert_text(markdown, "html5", MARKDOWN, extra_args=["--katex", "--wrap=none", "--syntax-highlighting=default"])
+    for page, body in zip(pages, typeset([page.body for page in pages])): page.body, page.toc = body, headings(body)
+    shutil.rmtree(folder, ignore_errors=True)
+    copy_assets(folder)
+    template = jinja2.Environment(loader=jinja2.FileSystemLoader(PARTS), autoescape=False).get_template("page.html")
+    for i, page in enumerate(pages):
+        around = {"before": pages[i - 1] if i else None, "after": pages[i + 1] if i + 1 < len(pages) else None}
+        path = folder / page.url
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(template.render(page=page, site=site, sidebar=sidebar(pages), **around), encoding="utf-8")
+        for name, data in page.figures.items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_bytes(data)
+    write_lists(folder, site, pages)
+    return pages
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1] if len(sys.argv) > 1 else ROOT / "_site").resolve()
+    try: pages = build(folder)
+    except SiteError as e: sys.exit(str(e))
+    print(f"{len(pages)} pages: open {folder.name}/index.html")
