@@ -1,4 +1,4 @@
-"""Render the site without Quarto: `python tools/site.py [folder]` (default _site), or `make site`.
+"""Render the site without Quarto: `python tools/build_site.py [folder]` (default _site), or `make site`.
 
 Takes what Quarto would take, the notebooks as `nbdev_proc_nbs` leaves them and `_quarto.yml`, and writes pages that open from disk with
 no network. pandoc does the Markdown, KaTeX the formulas (as HTML, once, here), MiniSearch the search. Where Quarto is installed,
