@@ -117,7 +117,7 @@ def conditionals(
     mass = edge_mass(tree, log_law)
     return mass.log() - mass.sum(-1, keepdim=True).log()
 
-# %% ../nbs/derivations/03_token_mdp.ipynb #eb100f9b
+# %% ../nbs/derivations/03_token_mdp.ipynb #315a2526
 def kl_divergence(
     log_p: Tensor,      # [..., V] log-probabilities
     log_q: Tensor,      # [..., V] log-probabilities
@@ -125,7 +125,7 @@ def kl_divergence(
     "KL(p ‖ q) over the last axis; an outcome with p = 0 counts 0."
     return (log_p.exp() * (log_p - log_q).masked_fill(log_p == -torch.inf, 0.0)).sum(-1)
 
-
+# %% ../nbs/derivations/03_token_mdp.ipynb #eb100f9b
 def occupancy(
     tree: TokenTree,
     log_policy: Tensor,     # [S, V] log π(a|s)
@@ -162,7 +162,7 @@ def sequence_optimum(
     scores = response_logps(tree, tree.ref_logps) + tree.rewards / beta
     return scores.log_softmax(-1), beta * scores.logsumexp(-1)
 
-# %% ../nbs/derivations/03_token_mdp.ipynb #1f1b73db
+# %% ../nbs/derivations/03_token_mdp.ipynb #224fbe08
 def backup(
     tree: TokenTree,
     value: Callable[[Tensor], Tensor],      # how V [S] follows from Q [S, V]
@@ -174,7 +174,7 @@ def backup(
         v = value(q)
     return q, v
 
-
+# %% ../nbs/derivations/03_token_mdp.ipynb #7ff1c521
 def soft_values(
     tree: TokenTree,
     beta: float,                    # β > 0
@@ -291,7 +291,7 @@ class Fit:
     gradient: float             # largest entry of the gradient that is left
     baseline: Tensor | None     # [S], for a loss that learns one
 
-# %% ../nbs/derivations/03_token_mdp.ipynb #fc611491
+# %% ../nbs/derivations/03_token_mdp.ipynb #987fc9ec
 def _gradient(loss: Callable[[Tensor], Tensor], theta: Tensor) -> Tensor:
     theta = theta.clone().requires_grad_()
     return torch.autograd.grad(loss(theta), theta)[0]
@@ -304,14 +304,13 @@ def _descend(loss: Callable[[Tensor], Tensor], theta: Tensor, steps: int) -> Ten
                                   line_search_fn="strong_wolfe")
 
     def closure():
-        optimizer.zero_grad()
         value = loss(theta)
-        value.backward()
+        theta.grad, = torch.autograd.grad(value, theta)
         return value
     optimizer.step(closure)
     return theta.detach()
 
-
+# %% ../nbs/derivations/03_token_mdp.ipynb #d1b61bd6
 def _newton(loss: Callable[[Tensor], Tensor], theta: Tensor, steps: int, h: float = 1e-6) -> Tensor:
     "Newton's method for gradient = 0, as long as the gradient shrinks; a direction that changes nothing is left alone."
     nudges = h * torch.eye(theta.numel(), dtype=theta.dtype).view(-1, *theta.shape)
