@@ -14,7 +14,7 @@ QUIET  := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false TQ
 RECIPE := settings.ini setup.py pyproject.toml $(CONSTRAINTS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-min check test-notebooks test-python prepare notebooks hooks clean
+.PHONY: help demo test test-min check test-notebooks test-python prepare notebooks site test-site hooks clean
 .NOTPARALLEL:
 
 help:  ## list the commands
@@ -47,6 +47,12 @@ notebooks: $(VENV)/.dev  ## run every notebook top to bottom and store its outpu
 	$(QUIET) $(BIN)/python tools/run_notebooks.py $(NB)
 	$(BIN)/nbdev_clean
 
+site: $(VENV)/.site  ## render the site into _site, without Quarto (needs Node)
+	@$(BIN)/python tools/build_site.py
+
+test-site: $(VENV)/.site  ## look at every page of the site in a browser (needs Node, chromium and chromium-driver)
+	@$(QUIET) $(BIN)/python -m pytest tests/test_site.py
+
 hooks: $(VENV)/.dev  ## install the git hooks that keep notebooks clean and merge them cell by cell
 	PATH="$(ROOT)/$(BIN):$$PATH" $(BIN)/nbdev_install_hooks
 	$(BIN)/pre-commit install
@@ -66,6 +72,11 @@ $(BIN)/python:
 $(VENV)/.base: $(RECIPE) | $(BIN)/python
 	@echo "installing into $(VENV), once; this can take a few minutes"
 	@$(BIN)/python -m pip install -qq -c $(CONSTRAINTS) -e .
+	@touch $@
+
+$(VENV)/.site: $(VENV)/.dev tools/site/package-lock.json
+	@$(BIN)/python -m pip install -qq -c $(CONSTRAINTS) -e '.[dev,site]'
+	@npm ci --prefix tools/site --no-audit --no-fund --loglevel=error
 	@touch $@
 
 $(VENV)/.dev: $(RECIPE) | $(BIN)/python

@@ -28,7 +28,7 @@ setup(
     package_data={"tokpref": ["**/*.yaml", "**/*.json", "**/*.jsonl"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
-    extras_require={"notebooks": cfg["notebooks_requirements"].split(), "dev": cfg["dev_requirements"].split()},
+    extras_require={extra: cfg[f"{extra}_requirements"].split() for extra in ("notebooks", "dev", "site")},
     entry_points={"console_scripts": cfg["console_scripts"].split(), "nbdev": [f"{cfg['lib_name']}={cfg['lib_path']}._modidx:d"]},
     classifiers=["Development Status :: 3 - Alpha", "Intended Audience :: Developers", "Intended Audience :: Education",
                  "Intended Audience :: Science/Research", "License :: OSI Approved :: Apache Software License",

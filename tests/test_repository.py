@@ -25,6 +25,7 @@ import readme  # noqa: E402
 
 NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
 CHAPTERS = [p for p in NOTEBOOKS if p.name != "index.ipynb"]
+DERIVATIONS = [p for p in NOTEBOOKS if p.parent.name == "derivations" and not p.name.startswith("00")]
 MODULES = sorted(p for p in (ROOT / "tokpref").rglob("*.py") if p.name not in ("__init__.py", "_modidx.py"))
 SETTINGS = configparser.ConfigParser(delimiters=["="])
 SETTINGS.read(ROOT / "settings.ini", encoding="utf-8")
@@ -52,6 +53,24 @@ def test_a_chapter_opens_with_a_title_and_a_promise(path):
     assert re.match(r"# \S", lines[0]), "the first line of the first cell is `# Title`"
     promise = next((line for line in lines[1:] if line.strip()), "")
     assert promise.startswith("> "), "after the title comes the one-sentence promise, `> ...`"
+
+
+@every(CHAPTERS)
+def test_a_chapter_opens_in_colab(path):
+    first, second = nbformat.read(path, as_version=4).cells[1:3]
+    assert first.source.startswith("[![Open in Colab](") and first.source.splitlines()[0].endswith(f"/tokpref/blob/main/{name(path)})")
+    assert "COLAB_RELEASE_TAG" in second.source and "pip install" in second.source, "the first code cell installs the package in Colab"
+
+
+@every(DERIVATIONS)
+def test_a_derivation_has_all_that_the_reader_was_promised(path):
+    words = "\n".join(cell.source for cell in cells(path, "markdown"))
+    code = "\n".join(cell.source for cell in cells(path, "code"))
+    for start in ("**The question.**", "**You need**", "**Time:**", "## What goes wrong", "## Exercises", "## Recap", "## Papers"):
+        assert re.search(f"(^|\\s){re.escape(start)}", words), f"nowhere: {start}"
+    assert 3 <= len(re.findall(r"<details>\s*<summary>Solution", words)) <= 6, "three to five exercises with hidden solutions"
+    assert "slide(" in code and "film_pair()" in code, "one figure to move, one real pair"
+    assert len(re.findall(r"\{#eq-", words)) >= 3 and len(re.findall(r"\bassert", code)) >= 8
 
 
 @every(NOTEBOOKS)

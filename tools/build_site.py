@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PARTS, MODULES = ROOT / "tools" / "site", ROOT / "tools" / "site" / "node_modules"
 MARKDOWN = "markdown+lists_without_preceding_blankline-implicit_figures-citations-tex_math_single_backslash"
 EQUATION = re.compile(r"\$\$(?P<tex>(?:(?!\$\$).)+?)\$\$[ \t]*\{#(?P<id>eq-[\w-]+)\}", re.S)
+BADGE = re.compile(r"\[!\[([^\]]*)\]\(https://[^)]*badge[^)]*\)\]\(([^)]*)\)")
 REFERENCE = re.compile(r"(?<![\w`@/])@((?:eq|fig|sec|tbl)-[\w-]*\w)")
 DIRECTIVE = re.compile(r"^#\|\s*([\w-]+)\s*:?[ \t]*(.*)\n?", re.M)
 
@@ -51,6 +52,9 @@ class Page:
 
     @property
     def title(self) -> str: return self.text or self.meta["title"]
+
+    @property
+    def promise(self) -> str: return re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(self.meta.get("description", ""), quote=False))
 
     @property
     def top(self) -> str: return "../" * self.source.count("/")
@@ -114,12 +118,20 @@ def output_markdown(page: Page, output, options: dict, alt: str) -> str:
     return fenced(text, ".output") if text.strip() else ""
 
 
+def exported(page: Page, code: str) -> list[str]:
+    "Source that went into the package: in full where it is the lesson, folded below its documentation elsewhere."
+    if page.source.startswith("derivations"): return ["::: {.exported title=\"in the package\"}", code, ":::"]
+    return ["<details class=\"source\"><summary>Source</summary>", code, "</details>"]
+
+
 def code_markdown(page: Page, cell, before: str) -> str:
     "A code cell: its source, unless it asks not to be shown, and its outputs."
+    shown = re.match(r"show_doc\((\w+)\)", DIRECTIVE.sub("", cell.source))
     options = directives(cell)
     if "hide" in options or options.get("include") == "false": return ""
+    if shown and page.source.startswith("derivations"): return f"### `{shown[1]}`"     # its source, with all it documents, comes next
     parts = [fenced(cell.source, ".python")] if cell.source.strip() and options.get("echo") != "false" else []
-    if "code-fold" in options and parts: parts = [f"::: {{.exported title=\"{options.get('code-summary', '').strip(chr(34))}\"}}", *parts, ":::"]
+    if "code-fold" in options and parts: parts = exported(page, parts[0])
     return "\n\n".join([*parts, *(output_markdown(page, o, options, before) for o in cell.outputs)])
 
 
@@ -128,7 +140,7 @@ def page_markdown(page: Page) -> str:
     parts, before = [], page.meta["title"]
     for cell in page.cells:
         if cell.cell_type == "markdown":
-            parts.append(cell.source)
+            parts.append(BADGE.sub(r"[\1](\2){.badge}", cell.source))      # the picture would have to be fetched
             before = plain(cell.source) or before
         elif cell.cell_type == "code": parts.append(code_markdown(page, cell, before))
     return "\n\n".join(part for part in parts if part)
@@ -156,7 +168,16 @@ def resolve(page: Page, pages: list[Page], markdown: str) -> str:
     if missing: raise SiteError(f"{page.source}: @{missing[0]} refers to nothing on this page")
     joined = REFERENCE.sub(lambda m: f"[{labels[m[1]]}](#{m[1]})", joined)
     joined = re.sub(r"\]\((?!https?:|#|mailto:)([^)\s]+\.ipynb)(#[^)\s]*)?\)", lambda m: f"]({link(page, pages, m[1])}{m[2] or ''})", joined)
+    joined = re.sub(r"(!\[[^\]]*\]\()(?!https?:|data:)([^)\s]+)\)", lambda m: f"{m[1]}{image(page, m[2])})", joined)
     return re.sub("\1(\\d+)\1", lambda m: texts[int(m[1])], joined).replace("\0", "")
+
+
+def image(page: Page, target: str) -> str:
+    "A picture of the repository, kept with the page's other figures; where it is, as seen from the page."
+    path = (ROOT / "nbs" / posixpath.dirname(page.source) / target).resolve()
+    if not path.exists(): raise SiteError(f"{page.source}: there is no picture {target}")
+    page.figures[posixpath.join(posixpath.dirname(page.url), "figures", path.name)] = path.read_bytes()
+    return f"figures/{path.name}"
 
 
 def link(page: Page, pages: list[Page], target: str) -> str:
@@ -178,6 +199,8 @@ def typeset(bodies: list[str]) -> list[str]:
     "Every formula as HTML, in one run of KaTeX; a formula it cannot read is an error."
     formula = re.compile(r'<span class="math (inline|display)">(.*?)</span>', re.S)
     found = [{"tex": html.unescape(tex), "display": kind == "display"} for body in bodies for kind, tex in formula.findall(body)]
+    stray = next((f["tex"] for f in found if "](#eq-" in f["tex"] or "@eq-" in f["tex"]), None)
+    if stray: raise SiteError(f"a formula cannot hold a reference: {stray}")
     done = subprocess.run(["node", PARTS / "katex.mjs"], input=json.dumps(found), capture_output=True, text=True, cwd=PARTS)
     if done.returncode: raise SiteError(done.stderr.strip())
     rendered = iter(json.loads(done.stdout))
