@@ -11,10 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from importlib.resources import files
 
-# %% ../nbs/library/26_example.ipynb #9966b9b4
 import torch
-
-# %% ../nbs/library/26_example.ipynb #ca07a9a7
 from .losses import TokenStats
 from .losses.types import nearest
 
