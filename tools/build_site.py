@@ -158,8 +158,8 @@ def number_equations(text: str) -> tuple[str, dict[str, str]]:
     return EQUATION.sub(one, text), labels
 
 
-def resolve(page: Page, pages: list[Page], markdown: str) -> str:
-    "Numbers for equations, words for references to them, and pages for links to notebooks."
+def resolve(page: Page, pages: list[Page], site: dict, markdown: str) -> str:
+    "Numbers for equations, words for references to them, pages for links to notebooks, and the repository for links to its other files."
     blocks = re.split(r"(^(`{3,}).*?^\2\s*$|`[^`\n]+`)", markdown, flags=re.S | re.M)
     texts = [block for i, block in enumerate(blocks) if i % 3 != 2]     # the fence itself is a group of its own
     joined = "\0".join(text if i % 2 == 0 else f"\1{i}\1" for i, text in enumerate(texts))
@@ -167,7 +167,8 @@ def resolve(page: Page, pages: list[Page], markdown: str) -> str:
     missing = [label for label in REFERENCE.findall(joined) if label not in labels]
     if missing: raise SiteError(f"{page.source}: @{missing[0]} refers to nothing on this page")
     joined = REFERENCE.sub(lambda m: f"[{labels[m[1]]}](#{m[1]})", joined)
-    joined = re.sub(r"\]\((?!https?:|#|mailto:)([^)\s]+\.ipynb)(#[^)\s]*)?\)", lambda m: f"]({link(page, pages, m[1])}{m[2] or ''})", joined)
+    joined = re.sub(r"(?<!!)(\[[^\]]*\])\((?!https?:|#|mailto:)([^)#\s]+)(#[^)\s]*)?\)",
+                    lambda m: f"{m[1]}({link(page, pages, site, m[2])}{m[3] or ''})", joined)
     joined = re.sub(r"(!\[[^\]]*\]\()(?!https?:|data:)([^)\s]+)\)", lambda m: f"{m[1]}{image(page, m[2])})", joined)
     return re.sub("\1(\\d+)\1", lambda m: texts[int(m[1])], joined).replace("\0", "")
 
@@ -180,12 +181,13 @@ def image(page: Page, target: str) -> str:
     return f"figures/{path.name}"
 
 
-def link(page: Page, pages: list[Page], target: str) -> str:
-    "Where a link to a notebook leads, as seen from `page`."
-    path = posixpath.normpath(posixpath.join(posixpath.dirname(page.source), target))
-    found = next((p for p in pages if p.source == path), None)
-    if found is None: raise SiteError(f"{page.source}: a link leads to {target}, which is no page of the sidebar")
-    return posixpath.relpath(found.url, posixpath.dirname(page.source) or ".")
+def link(page: Page, pages: list[Page], site: dict, target: str) -> str:
+    "Where a link leads, as seen from `page`: to another page, or to a file in the repository."
+    path = posixpath.normpath(posixpath.join("nbs", posixpath.dirname(page.source), target))
+    found = next((p for p in pages if f"nbs/{p.source}" == path), None)
+    if found: return posixpath.relpath(found.url, posixpath.dirname(page.source) or ".")
+    if path.endswith(".ipynb") or not (ROOT / path).exists(): raise SiteError(f"{page.source}: a link leads to {target}, which is no page and no file")
+    return f"{site['repo-url']}/blob/{site['repo-branch']}/{path}"
 
 
 # From Markdown to HTML
@@ -251,7 +253,7 @@ def build(folder: Path) -> list[Page]:
     site = site_description()
     pages = read_pages(site)
     for page in pages:
-        markdown = resolve(page, pages, page_markdown(page))
+        markdown = resolve(page, pages, site, page_markdown(page))
         page.body = pypandoc.convert_text(markdown, "html5", MARKDOWN, extra_args=["--katex", "--wrap=none", "--syntax-highlighting=default"])
     for page, body in zip(pages, typeset([page.body for page in pages])): page.body, page.toc = body, headings(body)
     shutil.rmtree(folder, ignore_errors=True)
