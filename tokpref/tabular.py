@@ -8,15 +8,13 @@ __all__ = ['TokenTree', 'random_tree', 'response_logps', 'edge_mass', 'condition
            'reference_advantage', 'one_step_policy', 'Pairs', 'sequence_pairs', 'token_pairs', 'table_stats',
            'population_loss', 'Fit', 'fit']
 
-# %% ../nbs/derivations/03_token_mdp.ipynb #6d547b1f
+# %% ../nbs/derivations/03_token_mdp.ipynb #a220efa7
 from collections.abc import Callable
 from dataclasses import dataclass
 
-# %% ../nbs/derivations/03_token_mdp.ipynb #b411bab9
 import torch
 from torch import Tensor
 
-# %% ../nbs/derivations/03_token_mdp.ipynb #c19cad51
 from .losses.types import LossSpec, TokenStats, check_positive, nearest
 
 # %% ../nbs/derivations/03_token_mdp.ipynb #ca48db7c
