@@ -124,12 +124,17 @@ def exported(page: Page, code: str) -> list[str]:
     return ["<details class=\"source\"><summary>Source</summary>", code, "</details>"]
 
 
-def code_markdown(page: Page, cell, before: str) -> str:
+def named(name: str, after) -> str:
+    "In place of a function's documentation: a heading if its source, with all it documents, comes next, else only the anchor."
+    return f"### `{name}`" if after is not None and "code-fold" in after.source else f"[]{{#{name}}}"
+
+
+def code_markdown(page: Page, cell, before: str, after) -> str:
     "A code cell: its source, unless it asks not to be shown, and its outputs."
     shown = re.match(r"show_doc\((\w+)\)", DIRECTIVE.sub("", cell.source))
     options = directives(cell)
     if "hide" in options or options.get("include") == "false": return ""
-    if shown and page.source.startswith("derivations"): return f"### `{shown[1]}`"     # its source, with all it documents, comes next
+    if shown and page.source.startswith("derivations"): return named(shown[1], after)
     parts = [fenced(cell.source, ".python")] if cell.source.strip() and options.get("echo") != "false" else []
     if "code-fold" in options and parts: parts = exported(page, parts[0])
     return "\n\n".join([*parts, *(output_markdown(page, o, options, before) for o in cell.outputs)])
@@ -138,11 +143,11 @@ def code_markdown(page: Page, cell, before: str) -> str:
 def page_markdown(page: Page) -> str:
     "The whole page as one Markdown text."
     parts, before = [], page.meta["title"]
-    for cell in page.cells:
+    for cell, after in zip(page.cells, [*page.cells[1:], None]):
         if cell.cell_type == "markdown":
             parts.append(BADGE.sub(r"[\1](\2){.badge}", cell.source))      # the picture would have to be fetched
             before = plain(cell.source) or before
-        elif cell.cell_type == "code": parts.append(code_markdown(page, cell, before))
+        elif cell.cell_type == "code": parts.append(code_markdown(page, cell, before, after))
     return "\n\n".join(part for part in parts if part)
 
 
