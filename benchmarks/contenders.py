@@ -20,7 +20,7 @@ class Contender(NamedTuple):
     family: str                 # losses of one family must agree
     build: Callable             # (policy, reference, batch) -> () -> loss
     peer: str | None = None     # folder of the package it needs
-    slow: bool = False          # left out of the page-keeping round
+    slow: bool = False          # so slow, and in no bar, that two timed steps have to do
 
 
 def _labels(batch: dict) -> tuple[Tensor, Tensor]:

@@ -31,6 +31,7 @@ def read(spec: dict, dtype: torch.dtype) -> tuple:
     "(policy, reference, batch): from the file, or drawn from the seed where the weights are too many to be stored."
     if "file" in spec: return workloads.load(spec["file"], spec["device"], dtype)
     shape = workloads.SHAPES[spec["shape"]]
+    shape = shape._replace(vocab=spec.get("vocab", shape.vocab))
     batch = workloads.make_batch(spec.get("lengths") or workloads.HH_LENGTHS[shape.pairs], shape.vocab, spec["seed"], spec["device"])
     return *workloads.make_models(shape, spec["seed"], spec["device"], dtype), batch
 
@@ -39,7 +40,9 @@ def first_step(loss_fn, policy, device: str) -> dict:
     "The warm-up step, which also gives the peak, the loss and a sketch of the gradient."
     policy.zero_grad(set_to_none=True)
     with measure.Peak(device) as peak: seconds, loss = measure.run_step(loss_fn, policy, device)
-    return {"first_s": seconds, "peak": peak.bytes, "loss": loss, "gradient": measure.gradient_sketch(policy), "times": []}
+    weights = sum(p.grad.nbytes for p in policy.parameters())
+    return {"first_s": seconds, "peak": peak.bytes, "gradient_bytes": weights, "loss": loss, "gradient": measure.gradient_sketch(policy),
+            "times": []}
 
 
 def run(spec: dict) -> dict:
