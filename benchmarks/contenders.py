@@ -84,10 +84,10 @@ def trl_dpo(policy: nn.Module, reference: nn.Module, batch: dict, compact: bool 
     return lambda: trainer.compute_loss(policy, batch)
 
 
-def liger_dpo(policy: nn.Module, reference: nn.Module, batch: dict, compiled: bool = False) -> Callable[[], Tensor]:
-    "Liger's fused DPO loss on the hidden states of every position, as TRL 1.10 called it; eager, where torch.compile has no Triton."
+def liger_dpo(policy: nn.Module, reference: nn.Module, batch: dict) -> Callable[[], Tensor]:
+    "Liger's fused DPO loss on the hidden states of every position, as TRL 1.10 called it; compiled, its default, on an accelerator only."
     from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
-    fused = LigerFusedLinearDPOLoss(beta=BETA, compiled=compiled)
+    fused = LigerFusedLinearDPOLoss(beta=BETA, compiled=batch["input_ids"].device.type != "cpu")
     labels, mask = _labels(batch)
     labels = labels.masked_fill(~mask, -100)
 

@@ -26,7 +26,7 @@ from contenders import CONTENDERS
 HERE = Path(__file__).resolve().parent
 PEERS = Path(sys.prefix) / "peers"
 PUBLIC = tuple(name for name in CONTENDERS if not name.startswith("own"))
-OWN = ("own-dpo", "own-tdpo2", "own-recompute-tdpo2", "own-unshared-dpo", "own-padded-dpo", "own-plain-dpo")
+OWN = ("own-dpo", "own-tdpo2", "own-entropy-dpo", "own-recompute-tdpo2", "own-unshared-dpo", "own-padded-dpo", "own-plain-dpo")
 LOSSES = ("own-dpo", "own-tdpo2", "own-tbpo_a")
 KEEPING = ("own-dpo", "own-tdpo2", *PUBLIC)                 # who also runs with an allocator that keeps its pages
 FULL = ("own-dpo", "trl-1.16-compact")                      # the two that a bar compares under it; the others get three steps
@@ -42,7 +42,8 @@ def in_a_process(spec: dict, allocator: str) -> dict:
     peers = {CONTENDERS[n].peer for n in spec["contenders"]} - {None}
     paths = [str(PEERS / peer) for peer in sorted(peers)] + [p for p in (os.environ.get("PYTHONPATH"),) if p]
     env = os.environ | measure.ALLOCATORS[allocator] | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": str(spec["threads"]),
-                                                         "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false"}
+                                                         "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false",
+                                                         "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]}
     done = subprocess.run([sys.executable, str(HERE / "worker.py"), json.dumps(spec)], capture_output=True, text=True, env=env)
     line = next((x for x in done.stdout.splitlines() if x.startswith("RESULT ")), None)
     if line is None: raise RuntimeError((done.stderr.strip().splitlines() or ["no output"])[-1][:300])
@@ -126,7 +127,8 @@ def run(args: argparse.Namespace, folder: Path) -> Bench:
     "All parts that were asked for."
     bench, cuda = Bench(args, folder), args.device == "cuda"
     shapes = ["tiny"] if args.quick else ["llama-1b", "pythia-2.8b"] if cuda else ["32k", "128k"]
-    names = (*OWN, "tdpo-released") if args.quick else (*PUBLIC, *OWN)
+    public = [n for n in PUBLIC if not (cuda and n == "trl-1.16-compact")]     # on a GPU TRL is compact as shipped
+    names = (*OWN, "tdpo-released") if args.quick else (*public, *OWN)
     for name in sorted(set(names) - set(available(names))): print(f"left out: {name} (not installed, or not in this version of tokpref)")
     if "steps" in args.parts: bench.steps(shapes, names)
     if "losses" in args.parts: bench.interleaved(shapes)
@@ -144,7 +146,8 @@ def main(argv: list[str] | None = None) -> int:
     config = {k: v for k, v in vars(args).items() if k != "out"} | {"dtype": bench.dtype, "allocators": measure.ALLOCATORS}
     result = {"benchmark": "engine", "config": config, "versions": versions() | report.peer_versions(PEERS), "hardware": hardware(),
               "dense_rate": rate, "seconds": round(time.time() - bench.started), **report.summary(bench.runs, rate, args.device),
-              "shapes": {n: s._asdict() for n, s in workloads.SHAPES.items()}, "lengths": workloads.HH_LENGTHS, "failed": bench.failed, "runs": bench.runs}
+              "shapes": {n: s._asdict() for n, s in workloads.SHAPES.items()}, "lengths": workloads.HH_LENGTHS,
+              "tokens": {n: workloads.token_counts(v) for n, v in workloads.HH_LENGTHS.items()}, "failed": bench.failed, "runs": bench.runs}
     print(report.text(result))
     out = args.out or (None if args.quick else HERE.parent / "results" / f"engine-{args.device}.json")
     if out: write_json(out, result)

@@ -69,14 +69,15 @@ def run_step(loss_fn: Callable[[], Tensor], policy: nn.Module, device: str) -> t
     return time.perf_counter() - start, loss.item()
 
 
-def gradient_sketch(policy: nn.Module, probes: int = 4) -> list[float]:
+def gradient_sketch(policy: nn.Module, probes: int = 2) -> list[float]:
     "The gradient's norm and its products with a few random directions: enough to see whether two gradients differ."
-    generator = torch.Generator().manual_seed(0)
-    totals = torch.zeros(probes + 1, dtype=torch.float64)
+    device = next(policy.parameters()).device
+    generator = torch.Generator(device).manual_seed(0)
+    totals = torch.zeros(probes + 1, dtype=torch.float64, device=device)
     for p in policy.parameters():
-        grad = p.grad.detach().flatten().double().cpu()
+        grad = p.grad.detach().flatten().double()
         totals[0] += grad @ grad
-        for i in range(probes): totals[i + 1] += grad @ torch.randn(len(grad), generator=generator, dtype=torch.float32).double()
+        for i in range(probes): totals[i + 1] += grad @ torch.randn(len(grad), generator=generator, device=device).double()
     totals[0] = totals[0].sqrt()
     return totals.tolist()
 

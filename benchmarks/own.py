@@ -35,7 +35,8 @@ def _variants() -> dict[str, tuple[str, dict]]:
     if pair_loss is None: return {}
     has = inspect.signature(pair_loss).parameters
     off = lambda *parts: {_SWITCHES[part]: False for part in parts}
-    variants = {"own": ("tokpref {}", {}), "own-recompute": ("tokpref {}, recomputed in backward", {"one_pass": False}),
+    variants = {"own": ("tokpref {}", {}), "own-entropy": ("tokpref {}, with entropy to log", {"entropy": True}),
+                "own-recompute": ("tokpref {}, recomputed in backward", {"one_pass": False}),
                 "own-unshared": ("tokpref {}, each prompt twice", off("share")),
                 "own-padded": ("tokpref {}, each prompt twice, padded", off("share", "pack"))}
     return {name: (label, switches) for name, (label, switches) in variants.items() if set(switches) <= set(has)}

@@ -197,7 +197,8 @@ def text(result: dict) -> str:
                      + (f"(bar {r['bar']}) {_verdict(r['met'])}" if r["bar"] else ""))
     for shape, f in result["floors"].items():
         shares = ", ".join(f"{k.removeprefix('share, ')} {v:.0%}" for k, v in f.items() if k.startswith("share"))
-        lines.append(f"{shape}: operations alone take {1000 * f['floor_s']:.0f} ms at {result['dense_rate'] / 1e9:.0f} GFLOP/s; reached: {shares}")
+        wanted = " (bar 45%)" if result["config"]["device"] == "cuda" else ""
+        lines.append(f"{shape}: operations alone take {1000 * f['floor_s']:.0f} ms at {result['dense_rate'] / 1e9:.0f} GFLOP/s; reached: {shares}{wanted}")
     for key, c in result["agreement"].items():
         lines.append(f"{key}: {c['contenders']} losses within {c['loss']:.1e}, gradients within {c['gradient']:.1e}: {'agree' if c['agrees'] else 'DISAGREE'}")
     return "\n".join(lines)

@@ -36,11 +36,18 @@ class Shape(NamedTuple):
 SHAPES = {
     "32k": Shape("llama", 32_000, 256, 4, 4, 688),
     "128k": Shape("llama", 128_256, 64, 2, 2, 176, pairs=4),
-    "tiny": Shape("llama", 96, 16, 1, 2, 32, pairs=2),
+    "tiny": Shape("llama", 96, 32, 1, 2, 64, pairs=2),
     "narrow": Shape("llama", 8192, 64, 1, 2, 176, pairs=2),
     "llama-1b": Shape("llama", 128_256, 2048, 16, 32, 8192, kv_heads=8, tied=True),
     "pythia-2.8b": Shape("neox", 50_304, 2560, 32, 32, 10_240),
 }
+
+
+def token_counts(lengths) -> dict[str, int]:
+    "How many tokens a batch has: response tokens, all with each prompt once, all with each prompt twice, and with padding."
+    longest = max(p + max(c, r) for p, c, r in lengths)
+    return {"response": sum(c + r for _, c, r in lengths), "shared": sum(map(sum, lengths)),
+            "unshared": sum(2 * p + c + r for p, c, r in lengths), "padded": 2 * len(lengths) * longest}
 
 
 def config_of(shape: Shape) -> PreTrainedConfig:
