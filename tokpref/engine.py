@@ -6,6 +6,7 @@
 __all__ = ['BatchLoss', 'pair_loss']
 
 # %% ../nbs/library/29_one_pass.ipynb #39bfbaed
+import logging
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -14,8 +15,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .losses.types import PairLoss, TokenStats
+from .packing import Packed, pack_pairs, packed_inputs, packing_obstacle
 from .scores import _Workspace, _wide
-from .stats import _check_vocabulary, _features, _flat_stats, _reference_features, _response_positions
+from .stats import _check_vocabulary, _features, _flat_stats, _reference_features, _response_positions, base_model
 
 # %% ../nbs/library/29_one_pass.ipynb #63db7ef2
 def _place(flat: dict[str, Tensor], lengths: list[int]) -> tuple[TokenStats, TokenStats]:
@@ -139,7 +141,7 @@ def _asked(loss: Callable, kl: bool | None, reverse_kl: bool, entropy: bool) -> 
     "(kl, reverse_kl, entropy), the first as the entry of LOSSES behind the callable says unless it is given."
     return getattr(getattr(loss, "func", loss), "kl", False) if kl is None else kl, reverse_kl, entropy
 
-# %% ../nbs/library/29_one_pass.ipynb #b1699526
+# %% ../nbs/library/29_one_pass.ipynb #1ca72f88
 class _Layout(NamedTuple):
     "The N response positions of a batch in the order chosen 0, rejected 0, chosen 1, ..., and where the model is to compute them."
 
@@ -147,21 +149,41 @@ class _Layout(NamedTuple):
     index: Tensor                       # [N] its place within the response
     lengths: list[int]                  # of the 2B responses in that order
     targets: Tensor                     # [N] token ids
-    inputs: dict                        # what the model runs on
-    positions: tuple[Tensor, Tensor]    # [N] row and column, in `inputs`, of the state that predicts each token
+    positions: tuple[Tensor, Tensor]    # [N] row and column, in the model's inputs, of the state that predicts each token
+    inputs: Callable[[nn.Module], dict]     # what a model runs on
 
 
-def _layout(batch: dict) -> _Layout:
-    "The positions of a batch as it is, one response a row."
+def _layout(batch: dict, packed: Packed | None = None) -> _Layout:
+    "The positions of a batch as it is, one response a row, or of its packed form."
     rows, columns, index = _response_positions(batch)
     pairs, odd = divmod(len(batch["input_ids"]), 2)
     if odd: raise ValueError(f"a preference batch has an even number of rows, chosen first; got {len(batch['input_ids'])}")
     order = torch.argsort(rows % pairs * 2 + rows // pairs, stable=True)
     rows, columns, index = rows[order], columns[order], index[order]
     lengths = batch["completion_mask"].sum(-1).view(2, pairs).T.flatten().tolist()
-    return _Layout((rows, columns), index, lengths, batch["input_ids"][rows, columns], batch, (rows, columns - 1))
+    states, inputs = (rows, columns - 1), lambda model: batch
+    if packed is not None:
+        states, width = packed.locate(*states), packed.input_ids.shape[1]
+        states, inputs = (states // width, states % width), lambda model: packed_inputs(packed, model)
+    return _Layout((rows, columns), index, lengths, batch["input_ids"][rows, columns], states, inputs)
+
+# %% ../nbs/library/29_one_pass.ipynb #4ecbec83
+_log = logging.getLogger(__name__)
+_told: set[str] = set()
 
 
+def _packed(batch: dict, models: list[nn.Module], shared_prompt: bool | None) -> Packed | None:
+    "The packed batch, unless it is not wanted or one of the models can't take it, which is said once or, if insisted on, refused."
+    if shared_prompt is False: return None
+    for model in models:
+        if (why := packing_obstacle(model, batch)) is None: continue
+        message = f"{type(base_model(model)).__name__} can't share prompts within a pair: {why}"
+        if shared_prompt: raise ValueError(message)
+        if message not in _told: _told.add(message), _log.warning("%s; each response runs with its own", message)
+        return None
+    return pack_pairs(batch, base_model(models[0]).config.get_text_config().hidden_size)
+
+# %% ../nbs/library/29_one_pass.ipynb #da44f94c
 def _given(batch: dict, layout: _Layout, live: bool) -> dict[str, Tensor]:
     "What the batch brings along, each [N]: token weights, and the reference's log-probs unless they are computed now."
     given = {}
@@ -173,9 +195,9 @@ def _given(batch: dict, layout: _Layout, live: bool) -> dict[str, Tensor]:
 def _states(model: nn.Module, ref_model: nn.Module | None, batch: dict, layout: _Layout, full: bool) -> tuple[tuple, tuple | None]:
     "Features of policy and reference; the reference is left out where its log-probs came with the batch and no KL is asked for."
     live = full or batch.get("ref_logps") is None
-    reference = _reference_features(model, ref_model, layout.inputs, layout.positions) if live else None
+    reference = _reference_features(model, ref_model, layout.inputs(ref_model or model), layout.positions) if live else None
     if full and reference is None: raise ValueError("a KL needs the reference's whole distribution: pass ref_model, or a PEFT model")
-    return _features(model, layout.inputs, layout.positions), reference
+    return _features(model, layout.inputs(model), layout.positions), reference
 
 # %% ../nbs/library/29_one_pass.ipynb #6dd744f5
 def _statistics(work: _Workspace, policy: Tensor, reference: Tensor | None, targets: Tensor) -> dict[str, Tensor]:
@@ -223,15 +245,17 @@ def pair_loss(
     entropy: bool = False,                  # entropy of the policy, a metric
     baseline: Callable | None = None,       # BaselineHead of TBPO-Q
     one_pass: bool = True,                  # False: statistics first, then autograd, which computes all scores a second time
+    shared_prompt: bool | None = None,      # pairs as packed segments; None: if that changes nothing, tried once for each model
     chunk_size: int | None = None,          # positions scored at a time; None: from `workspace`
     workspace: int | None = None,           # bytes for scores; None: 64 MiB on a CPU, 512 MiB elsewhere
 ) -> BatchLoss:
     """The mean loss of B preference pairs with its gradient, and what a log wants to know.
 
-    Under `torch.no_grad` statistics and losses only. Raises `ValueError` as `token_stats` does, and when the loss of a pair depends on
-    the other pairs. Source: @eq-one-pass of the chapter.
+    Under `torch.no_grad` statistics and losses only. Raises `ValueError` as `token_stats` does, when the loss of a pair depends on the
+    other pairs, and when `shared_prompt=True` and a model can't take packed pairs. Source: @eq-one-pass of the chapter.
     """
-    asked, layout = _asked(loss, kl, reverse_kl, entropy), _layout(batch)
+    asked = _asked(loss, kl, reverse_kl, entropy)
+    layout = _layout(batch, _packed(batch, [m for m in (model, ref_model) if m is not None], shared_prompt))
     policy, reference = _states(model, ref_model, batch, layout, any(asked[:2]))
     given = _given(batch, layout, reference is not None)
     if baseline is not None: given["baseline"] = baseline(policy[0].detach())
