@@ -68,8 +68,10 @@ class Bench:
             return print(f"{label}: failed: {error}", flush=True)
         kept = {k: v for k, v in what.items() if k != "file"}
         for name, result in results.items():
+            if len(results) > 1: result["peak"] = None      # of several in one process only the first starts from a clean state
             self.runs.append({"section": section, "contender": name, "allocator": allocator, **kept, **result})
-        said = ", ".join(f"{1000 * report.median(r['times'] or [r['first_s']]):.0f} ms {r['peak'] / 1e6:.0f} MB" for r in results.values())
+        said = ", ".join(f"{1000 * report.median(r['times'] or [r['first_s']]):.0f} ms" + (f" {r['peak'] / 1e6:.0f} MB" if r["peak"] else "")
+                         for r in results.values())
         print(f"{time.time() - self.started:5.0f} s  {label}: {said}", flush=True)
 
     def steps(self, shapes: list[str], names: tuple[str, ...]) -> None:
