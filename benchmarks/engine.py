@@ -26,7 +26,7 @@ from contenders import CONTENDERS
 HERE = Path(__file__).resolve().parent
 PEERS = Path(sys.prefix) / "peers"
 PUBLIC = tuple(name for name in CONTENDERS if not name.startswith("own"))
-OWN = ("own-dpo", "own-tdpo2", "own-entropy-dpo", "own-recompute-tdpo2", "own-unshared-dpo", "own-padded-dpo", "own-plain-dpo")
+OWN = ("own-dpo", "own-tdpo2", "own-entropy-dpo", "own-recompute-tdpo2", "own-unshared-dpo", "own-plain-dpo")
 LOSSES = ("own-dpo", "own-tdpo2", "own-tbpo_a")
 KEEPING = ("own-dpo", "own-tdpo2", *PUBLIC)                 # who also runs with an allocator that keeps its pages
 FULL = ("own-dpo", "trl-1.16-compact")                      # the two that a bar compares under it; the others get three steps
@@ -99,7 +99,7 @@ class Bench:
         for shape in shapes: self.child("losses", available(LOSSES), max(9, 2 * self.args.repeats), **self.source(shape))
 
     def prompts(self, shape: str, lengths=(32, 512, 1024)) -> None:
-        "A shared prompt encoded once against twice, both without padding, responses of 80 tokens."
+        "A shared prompt encoded once against twice; responses of 80 tokens, all alike, so that neither has padding."
         names = available(("own-dpo", "own-unshared-dpo"))
         if len(names) < 2: return
         for n in lengths: self.child("prompt", names, self.args.repeats, shape=shape, lengths=[[n, 80, 80]] * 4, prompt=n)

@@ -11,7 +11,6 @@ try: from tokpref.engine import pair_loss
 except ImportError: pair_loss = None        # a tokpref from before its one-pass engine
 
 _LABELS = {"dpo": "DPO", "tdpo2": "TDPO2", "tbpo_a": "TBPO-A"}
-_SWITCHES = {"share": "shared_prompt", "pack": "packed"}
 
 
 def _loss(name: str, beta: float, alpha: float) -> partial:
@@ -34,11 +33,9 @@ def _variants() -> dict[str, tuple[str, dict]]:
     "name -> (what it is, switches of pair_loss), as far as this tokpref has them."
     if pair_loss is None: return {}
     has = inspect.signature(pair_loss).parameters
-    off = lambda *parts: {_SWITCHES[part]: False for part in parts}
     variants = {"own": ("tokpref {}", {}), "own-entropy": ("tokpref {}, with entropy to log", {"entropy": True}),
                 "own-recompute": ("tokpref {}, recomputed in backward", {"one_pass": False}),
-                "own-unshared": ("tokpref {}, each prompt twice", off("share")),
-                "own-padded": ("tokpref {}, each prompt twice, padded", off("share", "pack"))}
+                "own-unshared": ("tokpref {}, each prompt twice, padded", {"shared_prompt": False})}
     return {name: (label, switches) for name, (label, switches) in variants.items() if set(switches) <= set(has)}
 
 
