@@ -104,7 +104,7 @@ class Bench:
         if len(names) < 2: return
         for n in lengths: self.child("prompt", names, self.args.repeats, shape=shape, lengths=[[n, 80, 80]] * 4, prompt=n)
 
-    def memory(self, vocabularies=(8192, 65_536, 262_144), lengths=(64, 1024), slope_shape: str = "32k") -> None:
+    def memory(self, vocabularies=(8192, 262_144), lengths=(64, 1024), slope_shape: str = "32k") -> None:
         "Peaks over vocabulary and response length; a vocabulary of 128 shows what the model itself takes."
         own = available(("own-tdpo2",)) or ["own-plain-tdpo2"]
         for n in lengths:
@@ -122,15 +122,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=1, help="of weights and ids (default 1)")
     parser.add_argument("--out", type=Path, help="JSON file of the results (default results/engine-DEVICE.json; none with --quick)")
     parser.add_argument("--parts", nargs="+", default=["steps", "losses", "prompts", "memory"], help="which parts to run (default: all)")
+    parser.add_argument("--shapes", nargs="+", choices=list(workloads.SHAPES), help="models (default: those of the device)")
+    parser.add_argument("--only", nargs="+", choices=list(CONTENDERS), help="contenders of the part `steps` (default: all)")
     return parser.parse_args(argv)
 
 
 def run(args: argparse.Namespace, folder: Path) -> Bench:
     "All parts that were asked for."
     bench, cuda = Bench(args, folder), args.device == "cuda"
-    shapes = ["tiny"] if args.quick else ["llama-1b", "pythia-2.8b"] if cuda else ["32k", "128k"]
+    shapes = args.shapes or (["tiny"] if args.quick else ["llama-1b", "pythia-2.8b"] if cuda else ["32k", "128k"])
     public = [n for n in PUBLIC if not (cuda and n == "trl-1.16-compact")]     # on a GPU TRL is compact as shipped
-    names = (*OWN, "tdpo-released") if args.quick else (*public, *OWN)
+    names = args.only or ((*OWN, "tdpo-released") if args.quick else (*public, *OWN))
     for name in sorted(set(names) - set(available(names))): print(f"left out: {name} (not installed, or not in this version of tokpref)")
     if "steps" in args.parts: bench.steps(shapes, names)
     if "losses" in args.parts: bench.interleaved(shapes)
