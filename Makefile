@@ -54,7 +54,7 @@ hooks: $(VENV)/.dev  ## install the git hooks that keep notebooks clean and merg
 test-min:  ## the same tests with the oldest versions that settings.ini allows
 	@$(MAKE) --no-print-directory test-notebooks test-python VENV=.venv-min CONSTRAINTS=tools/min_versions.txt
 
-bench: $(VENV)/.bench  ## time and memory of a training step beside public peers, into results/ (BENCH="--quick": tiny, without peers)
+bench: $(VENV)/.bench  ## time and memory of a training step beside public peers (BENCH=--quick: tiny, no peers)
 	@$(BIN)/python benchmarks/engine.py $(BENCH)
 
 clean:  ## remove what these commands made (the environments too)

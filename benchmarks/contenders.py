@@ -1,4 +1,4 @@
-"""What is compared. Each contender takes (policy, reference, batch) and returns a function that gives the loss to call backward on."""
+"""What is compared: each contender makes, of (policy, reference, batch), a function that gives the loss to call backward on."""
 import tempfile
 from collections.abc import Callable
 from functools import partial
@@ -85,7 +85,7 @@ def trl_dpo(policy: nn.Module, reference: nn.Module, batch: dict, compact: bool 
 
 
 def liger_dpo(policy: nn.Module, reference: nn.Module, batch: dict) -> Callable[[], Tensor]:
-    "Liger's fused DPO loss on the hidden states of every position, as TRL 1.10 called it; compiled, its default, on an accelerator only."
+    "Liger's fused DPO loss on the states of all positions, called as TRL 1.10 does; compiled, its default, on a GPU only."
     from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
     fused = LigerFusedLinearDPOLoss(beta=BETA, compiled=batch["input_ids"].device.type != "cpu")
     labels, mask = _labels(batch)

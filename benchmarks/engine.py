@@ -1,9 +1,9 @@
 """The engine beside public peers: `make bench`, or `python benchmarks/engine.py [--quick] [--device cuda] [--out FILE]`.
 
-One step is policy forward, reference forward, loss, backward. Every contender runs in its own process on the same weights and the same
-batch, read from a file; losses that should be one number are compared first; times are medians after a warm-up step; the peak is that
-of the first full step, above the state before it. Ratios near 1 come from interleaved steps in one process. Peers are looked for in
-folders of their own, below <environment>/peers (`make bench` fills them), and left out with a word where they are missing.
+One step is policy forward, reference forward, loss, backward. Every contender runs in its own process on the same weights and the
+same batch, read from a file; losses that should be one number are compared; times are medians after a warm-up step; the peak is
+that of the first full step, above the state before it. Ratios near 1 come from interleaved steps in one process. Peers are looked
+for in folders of their own below <environment>/peers, which `make bench` fills; one that is missing is left out with a word.
 """
 import argparse
 import json
@@ -26,6 +26,9 @@ from contenders import CONTENDERS
 HERE = Path(__file__).resolve().parent
 PEERS = Path(sys.prefix) / "peers"
 PUBLIC = tuple(name for name in CONTENDERS if not name.startswith("own"))
+PARTS = ["steps", "losses", "prompts", "memory"]
+QUIET = {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false"}
+FIRST_GPU = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
 OWN = ("own-dpo", "own-tdpo2", "own-entropy-dpo", "own-recompute-tdpo2", "own-unshared-dpo", "own-plain-dpo")
 LOSSES = ("own-dpo", "own-tdpo2", "own-tbpo_a")
 KEEPING = ("own-dpo", "own-tdpo2", *PUBLIC)                 # who also runs with an allocator that keeps its pages
@@ -38,12 +41,11 @@ def available(names) -> list[str]:
 
 
 def in_a_process(spec: dict, allocator: str) -> dict:
-    "What a worker measures for a spec, in a fresh process with its peer's folder in front and the allocator set. `RuntimeError` if it fails."
+    "What a worker measures for a spec, in a fresh process that sees the peer's folder. Raises `RuntimeError` if it fails."
     peers = {CONTENDERS[n].peer for n in spec["contenders"]} - {None}
     paths = [str(PEERS / peer) for peer in sorted(peers)] + [p for p in (os.environ.get("PYTHONPATH"),) if p]
-    env = os.environ | measure.ALLOCATORS[allocator] | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": str(spec["threads"]),
-                                                         "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false",
-                                                         "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]}
+    own = {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": str(spec["threads"]), "CUDA_VISIBLE_DEVICES": FIRST_GPU}
+    env = os.environ | QUIET | measure.ALLOCATORS[allocator] | own
     done = subprocess.run([sys.executable, str(HERE / "worker.py"), json.dumps(spec)], capture_output=True, text=True, env=env)
     line = next((x for x in done.stdout.splitlines() if x.startswith("RESULT ")), None)
     if line is None: raise RuntimeError((done.stderr.strip().splitlines() or ["no output"])[-1][:300])
@@ -70,9 +72,7 @@ class Bench:
         for name, result in results.items():
             if len(results) > 1: result["peak"] = None      # of several in one process only the first starts from a clean state
             self.runs.append({"section": section, "contender": name, "allocator": allocator, **kept, **result})
-        said = ", ".join(f"{1000 * report.median(r['times'] or [r['first_s']]):.0f} ms" + (f" {r['peak'] / 1e6:.0f} MB" if r["peak"] else "")
-                         for r in results.values())
-        print(f"{time.time() - self.started:5.0f} s  {label}: {said}", flush=True)
+        print(f"{time.time() - self.started:5.0f} s  {label}: {', '.join(map(report.in_brief, results.values()))}", flush=True)
 
     def steps(self, shapes: list[str], names: tuple[str, ...]) -> None:
         "Each contender on each shape, in its own process; on a CPU once more with the other allocator."
@@ -108,7 +108,8 @@ class Bench:
         "Peaks over vocabulary and response length; a vocabulary of 128 shows what the model itself takes."
         own = available(("own-tdpo2",)) or ["own-plain-tdpo2"]
         for n in lengths:
-            for vocab in (128, *vocabularies): self.child("head", own, 0, shape="narrow", vocab=vocab, lengths=[[16, n, n]], response=n)
+            for vocab in (128, *vocabularies):
+                self.child("head", own, 0, shape="narrow", vocab=vocab, lengths=[[16, n, n]], response=n)
         for names, pairs in ((own, (128, 640)), (["tdpo-released"], (32, 96))):
             for n in pairs: self.child("slope", names, 0, shape=slope_shape, lengths=[[64, n, n]] * 4, response=n)
 
@@ -117,11 +118,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="tokpref's engine beside public peers: time and memory of one training step.")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, tokpref and the released TDPO computation only; a test")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: bfloat16, a 1B and a 2.8B shape")
-    parser.add_argument("--repeats", type=int, default=5, help="timed steps of each contender, after the warm-up step (default 5)")
+    parser.add_argument("--repeats", type=int, default=5, help="timed steps of a contender, after the warm-up (default 5)")
     parser.add_argument("--threads", type=int, default=int(os.environ.get("OMP_NUM_THREADS") or min(os.cpu_count() or 1, 16)))
     parser.add_argument("--seed", type=int, default=1, help="of weights and ids (default 1)")
-    parser.add_argument("--out", type=Path, help="JSON file of the results (default results/engine-DEVICE.json; none with --quick)")
-    parser.add_argument("--parts", nargs="+", default=["steps", "losses", "prompts", "memory"], help="which parts to run (default: all)")
+    parser.add_argument("--out", type=Path, help="the results (default results/engine-DEVICE.json; none with --quick)")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="which parts to run (default: all)")
     parser.add_argument("--shapes", nargs="+", choices=list(workloads.SHAPES), help="models (default: those of the device)")
     parser.add_argument("--only", nargs="+", choices=list(CONTENDERS), help="contenders of the part `steps` (default: all)")
     return parser.parse_args(argv)
@@ -133,7 +134,7 @@ def run(args: argparse.Namespace, folder: Path) -> Bench:
     shapes = args.shapes or (["tiny"] if args.quick else ["llama-1b", "pythia-2.8b"] if cuda else ["32k", "128k"])
     public = [n for n in PUBLIC if not (cuda and n == "trl-1.16-compact")]     # on a GPU TRL is compact as shipped
     names = args.only or ((*OWN, "tdpo-released") if args.quick else (*public, *OWN))
-    for name in sorted(set(names) - set(available(names))): print(f"left out: {name} (not installed, or not in this version of tokpref)")
+    for name in sorted(set(names) - set(available(names))): print(f"left out: {name} (not installed, or not in this tokpref)")
     if "steps" in args.parts: bench.steps(shapes, names)
     if "losses" in args.parts: bench.interleaved(shapes)
     if "prompts" in args.parts: bench.prompts(shapes[0], (8, 24) if args.quick else (32, 512, 1024))
@@ -148,10 +149,11 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder: bench = run(args, Path(folder))
     rate = measure.gemm_rate(args.device, getattr(torch, bench.dtype), 128 if args.quick else None)
     config = {k: v for k, v in vars(args).items() if k != "out"} | {"dtype": bench.dtype, "allocators": measure.ALLOCATORS}
-    result = {"benchmark": "engine", "config": config, "versions": versions() | report.peer_versions(PEERS), "hardware": hardware(),
-              "dense_rate": rate, "seconds": round(time.time() - bench.started), **report.summary(bench.runs, rate, args.device),
+    result = {"benchmark": "engine", "config": config, "versions": versions() | report.peer_versions(PEERS),
+              "hardware": hardware(), "dense_rate": rate, "seconds": round(time.time() - bench.started), **report.summary(bench.runs, rate, args.device),
               "shapes": {n: s._asdict() for n, s in workloads.SHAPES.items()}, "lengths": workloads.HH_LENGTHS,
-              "tokens": {n: workloads.token_counts(v) for n, v in workloads.HH_LENGTHS.items()}, "failed": bench.failed, "runs": bench.runs}
+              "tokens": {n: workloads.token_counts(v) for n, v in workloads.HH_LENGTHS.items()}, "failed": bench.failed,
+              "runs": bench.runs}
     print(report.text(result))
     out = args.out or (None if args.quick else HERE.parent / "results" / f"engine-{args.device}.json")
     if out: write_json(out, result)

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 # "keeping" tells it to hold on to them, as jemalloc, tcmalloc and CUDA's caching allocator do.
 ALLOCATORS = {
     "default": {},
-    "keeping": {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40), "MALLOC_TOP_PAD_": str(1 << 26), "MALLOC_ARENA_MAX": "1"},
+    "keeping": {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40), "MALLOC_TOP_PAD_": str(1 << 26),
+                "MALLOC_ARENA_MAX": "1"},
 }
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 

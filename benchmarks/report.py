@@ -69,7 +69,8 @@ def _quartiles(values: list[float]) -> tuple[float, float]:
 
 def one_ratio(runs: list[dict], bar: Bar, shape: str, limit: float | None) -> dict | None:
     "A line of the table for one shape, or None if something was not run."
-    top, bottom = (find(runs, section=bar.section, shape=shape, allocator=bar.allocator, contender=name) for name in (bar.top, bar.bottom))
+    where = dict(section=bar.section, shape=shape, allocator=bar.allocator)
+    top, bottom = (find(runs, contender=name, **where) for name in (bar.top, bar.bottom))
     if not (top and bottom and (bar.field == "peak" or top["times"] and bottom["times"])): return None
     if bar.field == "peak": ratio = low = high = top["peak"] / bottom["peak"]
     else: ratio, low, high = spread(top["times"], bottom["times"], paired=bar.section == "losses")
@@ -91,8 +92,8 @@ def prompt_ratios(runs: list[dict]) -> list[dict]:
         top, bottom = (find(runs, section="prompt", prompt=n, contender=c) for c in ("own-dpo", "own-unshared-dpo"))
         ratio, low, high = spread(top["times"], bottom["times"], paired=True)
         limit = PROMPT_BARS.get(n)
-        rows.append({"what": f"shared prompt / unshared, prompt {n}", "shape": top["shape"], "ratio": ratio, "low": low, "high": high, "bar": limit,
-                     "met": None if limit is None else ratio <= limit})
+        rows.append({"what": f"shared prompt / unshared, prompt {n}", "shape": top["shape"], "ratio": ratio, "low": low,
+                     "high": high, "bar": limit, "met": None if limit is None else ratio <= limit})
     return rows
 
 
@@ -116,7 +117,8 @@ def token_slopes(runs: list[dict]) -> list[dict]:
         tokens = sum(c + j for _, c, j in many["lengths"]) - sum(c + j for _, c, j in few["lengths"])
         limit = 0.14 if name.startswith("own") and few["shape"] == "32k" else None
         value = (many["peak"] - few["peak"]) / 1e6 / tokens
-        rows.append({"contender": name, "shape": few["shape"], "mb_per_token": value, "bar": limit, "met": None if limit is None else value <= limit})
+        rows.append({"contender": name, "shape": few["shape"], "mb_per_token": value, "bar": limit,
+                     "met": None if limit is None else value <= limit})
     return rows
 
 
@@ -140,13 +142,14 @@ def operations(shape: workloads.Shape, lengths) -> dict[str, float]:
     weights = shape.layers * shape.hidden * (shape.hidden * (2 + 2 * kv) + (3 if shape.family == "llama" else 2) * shape.inner)
     tokens, responses = sum(map(sum, lengths)), sum(c + r for _, c, r in lengths)
     seen = sum(p * (p + 1) / 2 + sum(n * p + n * (n + 1) / 2 for n in pair) for p, *pair in lengths)
-    return {"body": 8 * weights * tokens, "attention": 16 * shape.layers * shape.hidden * seen, "head": 8 * shape.vocab * shape.hidden * responses}
+    return {"body": 8 * weights * tokens, "attention": 16 * shape.layers * shape.hidden * seen,
+            "head": 8 * shape.vocab * shape.hidden * responses}
 
 
 def floors(runs: list[dict], rate: float) -> dict[str, dict]:
     "The operations of a step at the measured dense rate, and what share of that rate the engine reaches."
-    out = {}
-    for run in (r for r in runs if r["section"] == "step" and r["allocator"] == "default" and r["contender"] in ("own-dpo", "own-tdpo2")):
+    out, ours = {}, ("own-dpo", "own-tdpo2")
+    for run in (r for r in runs if r["section"] == "step" and r["allocator"] == "default" and r["contender"] in ours):
         shape = workloads.SHAPES[run["shape"]]
         parts = operations(shape, workloads.HH_LENGTHS[shape.pairs])
         floor = sum(parts.values()) / rate
@@ -168,6 +171,12 @@ def peer_versions(peers: Path) -> dict[str, str]:
     return found
 
 
+def in_brief(result: dict) -> str:
+    "Time and peak of one contender, for the line that says it is done."
+    peak = f" {result['peak'] / 1e6:.0f} MB" if result["peak"] else ""
+    return f"{1000 * median(result['times'] or [result['first_s']]):.0f} ms{peak}"
+
+
 def _verdict(met: bool | None) -> str: return {None: "", True: "met", False: "NOT met"}[met]
 
 
@@ -177,10 +186,10 @@ def _steps(runs: list[dict]) -> list[str]:
     for shape in dict.fromkeys(r["shape"] for r in runs):
         lines += ["", f"{shape:42} {'ms':>9} {'quartiles':>17} {'peak MB':>9} {'ms, pages kept':>15}"]
         for run in (r for r in runs if r["shape"] == shape and r["allocator"] == "default"):
-            kept, times = find(runs, shape=shape, contender=run["contender"], allocator="keeping"), [1000 * t for t in run["times"]]
-            low, high = _quartiles(times)
-            lines.append(f"{CONTENDERS[run['contender']].label:42} {median(times):9.1f} {low:8.1f}-{high:<8.1f} {run['peak'] / 1e6:9.1f} "
-                         + (f"{1000 * median(kept['times']):15.1f}" if kept else ""))
+            kept = find(runs, shape=shape, contender=run["contender"], allocator="keeping")
+            middle, low, high = (1000 * t for t in (median(run["times"]), *_quartiles(run["times"])))
+            label, pages = CONTENDERS[run["contender"]].label, f"{1000 * median(kept['times']):15.1f}" if kept else ""
+            lines.append(f"{label:42} {middle:9.1f} {low:8.1f}-{high:<8.1f} {run['peak'] / 1e6:9.1f} {pages}")
     return lines
 
 
@@ -188,17 +197,19 @@ def text(result: dict) -> str:
     "The table to print."
     lines = _steps(result["runs"]) + ["", f"{'':46} {'shape':12} {'ratio':>7} {'quartiles':>15} {'bar':>7}"]
     for r in result["ratios"]:
-        lines.append(f"{r['what']:46} {r['shape']:12} {r['ratio']:7.3f} {r['low']:7.3f}-{r['high']:<7.3f} {r['bar'] or '-':>7} {_verdict(r['met'])}")
+        measured = f"{r['ratio']:7.3f} {r['low']:7.3f}-{r['high']:<7.3f}"
+        lines.append(f"{r['what']:46} {r['shape']:12} {measured} {r['bar'] or '-':>7} {_verdict(r['met'])}")
     if (head := result["head_workspace"]):
         cells = ", ".join(f"{c['vocab'] // 1024}k x {c['response']}: {c['mb']:.0f}" for c in head["cells"])
         lines.append(f"head workspace, MB (vocabulary x response): {cells}; bar {head['bar']} {_verdict(head['met'])}")
     for r in result["token_slopes"]:
-        lines.append(f"peak per further response token, {CONTENDERS[r['contender']].label}, {r['shape']}: {r['mb_per_token']:.3f} MB "
-                     + (f"(bar {r['bar']}) {_verdict(r['met'])}" if r["bar"] else ""))
+        label, verdict = CONTENDERS[r["contender"]].label, f"(bar {r['bar']}) {_verdict(r['met'])}" if r["bar"] else ""
+        lines.append(f"peak per further response token, {label}, {r['shape']}: {r['mb_per_token']:.3f} MB {verdict}")
     for shape, f in result["floors"].items():
         shares = ", ".join(f"{k.removeprefix('share, ')} {v:.0%}" for k, v in f.items() if k.startswith("share"))
-        wanted = " (bar 45%)" if result["config"]["device"] == "cuda" else ""
-        lines.append(f"{shape}: operations alone take {1000 * f['floor_s']:.0f} ms at {result['dense_rate'] / 1e9:.0f} GFLOP/s; reached: {shares}{wanted}")
+        rate, wanted = f"{result['dense_rate'] / 1e9:.0f} GFLOP/s", " (bar 45%)" if result["config"]["device"] == "cuda" else ""
+        lines.append(f"{shape}: operations alone take {1000 * f['floor_s']:.0f} ms at {rate}; reached: {shares}{wanted}")
     for key, c in result["agreement"].items():
-        lines.append(f"{key}: {c['contenders']} losses within {c['loss']:.1e}, gradients within {c['gradient']:.1e}: {'agree' if c['agrees'] else 'DISAGREE'}")
+        verdict = "agree" if c["agrees"] else "DISAGREE"
+        lines.append(f"{key}: {c['contenders']} losses within {c['loss']:.1e}, gradients within {c['gradient']:.1e}: {verdict}")
     return "\n".join(lines)

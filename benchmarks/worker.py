@@ -1,4 +1,4 @@
-"""Runs contenders in this process and prints what was measured as one line of JSON: `python worker.py '{"contenders": [...], ...}'`."""
+"""Run contenders in this process and print what was measured, in JSON: `python worker.py '{"contenders": [...], ...}'`."""
 import json
 import logging
 import os
@@ -32,7 +32,8 @@ def read(spec: dict, dtype: torch.dtype) -> tuple:
     if "file" in spec: return workloads.load(spec["file"], spec["device"], dtype)
     shape = workloads.SHAPES[spec["shape"]]
     shape = shape._replace(vocab=spec.get("vocab", shape.vocab))
-    batch = workloads.make_batch(spec.get("lengths") or workloads.HH_LENGTHS[shape.pairs], shape.vocab, spec["seed"], spec["device"])
+    lengths = spec.get("lengths") or workloads.HH_LENGTHS[shape.pairs]
+    batch = workloads.make_batch(lengths, shape.vocab, spec["seed"], spec["device"])
     return *workloads.make_models(shape, spec["seed"], spec["device"], dtype), batch
 
 
@@ -41,8 +42,8 @@ def first_step(loss_fn, policy, device: str) -> dict:
     policy.zero_grad(set_to_none=True)
     with measure.Peak(device) as peak: seconds, loss = measure.run_step(loss_fn, policy, device)
     weights = sum(p.grad.nbytes for p in policy.parameters())
-    return {"first_s": seconds, "peak": peak.bytes, "gradient_bytes": weights, "loss": loss, "gradient": measure.gradient_sketch(policy),
-            "times": []}
+    return {"first_s": seconds, "peak": peak.bytes, "gradient_bytes": weights, "loss": loss,
+            "gradient": measure.gradient_sketch(policy), "times": []}
 
 
 def run(spec: dict) -> dict:

@@ -1,4 +1,4 @@
-"""The benchmark runs, its losses agree, and its table says what the raw times say. Nothing here looks at how long anything takes."""
+"""The benchmark runs, its losses agree, and its table says what the raw times say. Nothing here judges how long a step takes."""
 import json
 import os
 import subprocess
@@ -16,7 +16,8 @@ def quick(tmp_path_factory) -> tuple[dict, str]:
     "(result, printed text) of a quick run."
     out = tmp_path_factory.mktemp("bench") / "engine.json"
     env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
-    done = subprocess.run([sys.executable, ROOT / "benchmarks" / "engine.py", "--quick", "--out", out], capture_output=True, text=True, env=env)
+    command = [sys.executable, ROOT / "benchmarks" / "engine.py", "--quick", "--out", out]
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(out.read_text(encoding="utf-8")), done.stdout
 
@@ -39,7 +40,8 @@ def test_a_result_says_how_it_came_about(quick):
 def test_ratios_come_from_the_raw_times():
     import report
     run = dict(section="step", shape="32k", allocator="default")
-    runs = [{**run, "contender": "own-dpo", "times": [3.0, 1.0, 2.0], "peak": 10}, {**run, "contender": "trl-1.10", "times": [10.0, 20.0, 30.0], "peak": 50}]
+    runs = [{**run, "contender": "own-dpo", "times": [3.0, 1.0, 2.0], "peak": 10},
+            {**run, "contender": "trl-1.10", "times": [10.0, 20.0, 30.0], "peak": 50}]
     row = next(r for r in report.ratios(runs, "cpu") if r["what"] == "DPO step / TRL 1.10")
     assert row["ratio"] == 0.1 and row["low"] == 1.5 / 25 and row["high"] == 2.5 / 15 and row["met"] is False
     assert report.spread([2.0, 3.0, 8.0], [1.0, 1.0, 2.0], paired=True)[0] == 3.0
@@ -55,5 +57,6 @@ def test_operations_count_each_token_once():
 
 
 def test_peers_are_pinned():
-    files = sorted((ROOT / "benchmarks").glob("requirements-*.txt"))
-    assert files and all("==" in line for f in files for line in f.read_text(encoding="utf-8").splitlines() if line and line[0] != "#")
+    texts = [file.read_text(encoding="utf-8") for file in (ROOT / "benchmarks").glob("requirements-*.txt")]
+    lines = [line for text in texts for line in text.splitlines()]
+    assert lines and all("==" in line for line in lines if line and line[0] != "#")
