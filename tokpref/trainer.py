@@ -9,8 +9,11 @@ __all__ = ['BASELINE_FILE', 'PreferenceConfig', 'check_loss', 'check_models', 'd
 # %% ../nbs/library/22_trainer.ipynb #a0ebc286
 import contextlib
 import copy
+import functools
 import json
+import logging
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,8 +29,9 @@ from transformers import Trainer, TrainingArguments
 
 from . import __version__
 from .data import PreferenceCollator, check_tokenizer, prepare
+from .engine import BatchLoss, engine_obstacles, pair_loss
 from .losses import LOSSES, BaselineHead, LossSpec, PairLoss, TokenStats
-from .stats import base_model, evaluating, response_stats, token_stats
+from .stats import base_model, evaluating, response_stats
 
 # %% ../nbs/library/22_trainer.ipynb #5469fbea
 @dataclass
@@ -43,7 +47,10 @@ class PreferenceConfig(TrainingArguments):
     max_prompt_length: int | None = field(default=None, metadata={"help": "most tokens of the prompt; None: cut only when needed"})
     disable_dropout: bool = field(default=True, metadata={"help": "dropout makes log-ratios noisy, so it is off"})
     precompute_ref_logps: bool = field(default=False, metadata={"help": "score the data with the reference once, before training"})
-    chunk_size: int | None = field(default=None, metadata={"help": "positions scored at a time; None: from a memory budget"})
+    one_pass: bool = field(default=True, metadata={"help": "scores once, gradients on the way; False: scored again in backward"})
+    shared_prompt: bool = field(default=True, metadata={"help": "a pair is one packed segment; False: each response has its own prompt"})
+    chunk_size: int | None = field(default=None, metadata={"help": "positions scored at a time; None: from workspace"})
+    workspace: int | None = field(default=None, metadata={"help": "bytes for scores; None: 64 MiB on a CPU, 512 MiB elsewhere"})
     eval_kl: bool = field(default=True, metadata={"help": "SeqKL and entropy at every evaluation, whatever the loss needs"})
     baseline_learning_rate: float = field(default=1e-3, metadata={"help": "learning rate of TBPO-Q's baseline head"})
     baseline_width: int = field(default=1024, metadata={"help": "width of TBPO-Q's baseline head; 0: linear"})
@@ -155,29 +162,43 @@ class _Averages:
         return {name: s / c for name, s, c in zip(names, total, count)}
 
 # %% ../nbs/library/22_trainer.ipynb #b8305157
+_log = logging.getLogger(__name__)
+
+
 class _LossFromStats(Trainer):
     "Statistics of a batch, then the loss, then a look at whether it is finite."
 
     spec: LossSpec
     ref_model: nn.Module | None
     baseline_head: nn.Module | None
+    engine: dict[str, bool] | None      # which of the fast ways are on; None: before the first batch
 
-    def stats(self, model: nn.Module, inputs: dict) -> tuple[TokenStats, TokenStats]:
-        "(chosen, rejected) statistics: what the loss needs, and at evaluation what a reader of the log wants."
+    def score(self, model: nn.Module, inputs: dict) -> BatchLoss:
+        "Loss and statistics: what the loss needs, and at evaluation what a reader of the log wants."
         live = self.ref_model is not None or hasattr(self.accelerator.unwrap_model(model), "disable_adapter")
         kl = self.spec.kl or (self.args.eval_kl and live and not model.training)
+        loss = functools.partial(self.spec, **self.args.options)
         with self.accelerator.autocast():
-            return token_stats(model, self.ref_model, inputs, kl=kl, entropy=kl, baseline=self.baseline_head, chunk_size=self.args.chunk_size)
+            if self.engine is None: self._choose_engine(inputs, loss)
+            return pair_loss(model, self.ref_model, inputs, loss, kl=kl, entropy=kl, baseline=self.baseline_head,
+                             chunk_size=self.args.chunk_size, workspace=self.args.workspace, **self.engine)
+
+    def _choose_engine(self, inputs: dict, loss: Callable) -> None:
+        "The fast ways that are asked for and, tried on this batch, change nothing; one line in the log says which."
+        against = engine_obstacles(self.model, self.ref_model, inputs, loss, baseline=self.baseline_head)
+        why = {name: against[name] if getattr(self.args, name) else "switched off" for name in against}
+        self.engine = {name: reason is None for name, reason in why.items()}
+        says = "; ".join(name.replace("_", " ") + (" on" if reason is None else f" off ({reason})") for name, reason in why.items())
+        _log.log(logging.WARNING if any(against.values()) else logging.INFO, "engine: %s", says)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         "The mean loss over the pairs of a batch and, if asked, the `PairLoss`. Raises `FloatingPointError` if it is not finite."
-        chosen, rejected = self.stats(model, inputs)
-        result = self.spec(chosen, rejected, **self.args.options)
+        loss, result, chosen, rejected = self.score(model, inputs)
         if not (finite := result.losses.isfinite()).all(): raise FloatingPointError(self._diagnosis(inputs["row"][~finite].tolist()))
-        metrics = {"loss": result.losses.detach().float(), **pair_metrics(result, chosen, rejected)}
+        metrics = {"loss": result.losses.float(), **pair_metrics(result, chosen, rejected)}
         if model.training: self._averages["train"].add(metrics)
         else: self._averages["eval"].add(self.accelerator.gather_for_metrics(metrics))      # drops pairs repeated to fill a batch
-        return (result.mean(), result) if return_outputs else result.mean()
+        return (loss, result) if return_outputs else loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         "The loss of an evaluation batch; the other metrics are gathered on the way."
@@ -346,7 +367,7 @@ class PreferenceTrainer(_SetsUp):
         if peft_config is not None: model = _add_adapter(model, peft_config)
         self.ref_model = _pick_reference(model, ref_model, self.spec)
         if args.disable_dropout: disable_dropout(model), disable_dropout(self.ref_model or model)
-        self.reports, self._averages = {}, {"train": _Averages(), "eval": _Averages()}
+        self.engine, self.reports, self._averages = None, {}, {"train": _Averages(), "eval": _Averages()}
         datasets = {name: self._prepared(d, tokenizer, args, name) for name, d in (("train", train_dataset), ("eval", eval_dataset))}
         super().__init__(model=model, args=args, train_dataset=datasets["train"], eval_dataset=datasets["eval"], processing_class=tokenizer,
                          data_collator=data_collator or PreferenceCollator(tokenizer.pad_token_id), **trainer_kwargs)
