@@ -150,7 +150,8 @@ def main(argv: list[str] | None = None) -> int:
     rate = measure.gemm_rate(args.device, getattr(torch, bench.dtype), 128 if args.quick else None)
     config = {k: v for k, v in vars(args).items() if k != "out"} | {"dtype": bench.dtype, "allocators": measure.ALLOCATORS}
     result = {"benchmark": "engine", "config": config, "versions": versions() | report.peer_versions(PEERS),
-              "hardware": hardware(), "dense_rate": rate, "seconds": round(time.time() - bench.started), **report.summary(bench.runs, rate, args.device),
+              "hardware": hardware(), "dense_rate": rate, "seconds": round(time.time() - bench.started),
+              **report.summary(bench.runs, rate, args.device),
               "shapes": {n: s._asdict() for n, s in workloads.SHAPES.items()}, "lengths": workloads.HH_LENGTHS,
               "tokens": {n: workloads.token_counts(v) for n, v in workloads.HH_LENGTHS.items()}, "failed": bench.failed,
               "runs": bench.runs}
