@@ -20,7 +20,7 @@ class Contender(NamedTuple):
     family: str                 # losses of one family must agree
     build: Callable             # (policy, reference, batch) -> () -> loss
     peer: str | None = None     # folder of the package it needs
-    slow: bool = False          # so slow, and in no bar, that two timed steps have to do
+    most: int = 1000            # timed steps at most, for those that are slow and in no bar
 
 
 def _labels(batch: dict) -> tuple[Tensor, Tensor]:
@@ -101,8 +101,8 @@ def liger_dpo(policy: nn.Module, reference: nn.Module, batch: dict) -> Callable[
     return loss
 
 
-def tdpo_from_tiles(policy: nn.Module, reference: nn.Module, batch: dict) -> Callable[[], Tensor]:
-    "TDPO2 put together from TRL 1.16's tiled kernels, on response positions only: its log-probabilities and its forward KL."
+def from_tiles(policy: nn.Module, reference: nn.Module, batch: dict, kl: bool) -> Callable[[], Tensor]:
+    "DPO or TDPO2 put together from TRL 1.16's tiled kernels for log-probabilities and forward KL, on response positions only."
     from trl.kernels import ChunkedLogProbFunction
     from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
     labels, mask = _labels(batch)
@@ -117,17 +117,19 @@ def tdpo_from_tiles(policy: nn.Module, reference: nn.Module, batch: dict) -> Cal
         with torch.no_grad():
             ref_h = hidden(reference)
             ref_logps = score(ref_h, ref_head)
-        kl, _ = ChunkedDivergenceFunction.apply(h, head, None, ref_h, ref_head, None, 0.0)
-        return _tdpo2(*(place(x) for x in (score(h, head), ref_logps, kl)), mask)
+        drift = torch.zeros_like(ref_logps)
+        if kl: drift, _ = ChunkedDivergenceFunction.apply(h, head, None, ref_h, ref_head, None, 0.0)
+        return _tdpo2(*(place(x) for x in (score(h, head), ref_logps, drift)), mask)
     return loss
 
 
 CONTENDERS: dict[str, Contender] = {
-    "trl-1.16": Contender("TRL 1.16 DPO as shipped", "dpo", trl_dpo, "trl-1.16", slow=True),
+    "trl-1.16": Contender("TRL 1.16 DPO as shipped", "dpo", trl_dpo, "trl-1.16", 2),
     "trl-1.16-compact": Contender("TRL 1.16 DPO, compact path", "dpo", partial(trl_dpo, compact=True), "trl-1.16"),
     "trl-1.10": Contender("TRL 1.10 DPO, full logits", "dpo", trl_dpo, "trl-1.10"),
-    "liger": Contender("Liger fused DPO", "dpo", liger_dpo, "liger"),
+    "dpo-tiles": Contender("DPO from TRL 1.16's tiled kernels, no metrics", "dpo", partial(from_tiles, kl=False), "trl-1.16", 3),
+    "liger": Contender("Liger fused DPO", "dpo", liger_dpo, "liger", 3),
     "tdpo-released": Contender("TDPO2, the released computation", "tdpo2", released_tdpo),
-    "tdpo-tiles": Contender("TDPO2 from TRL 1.16's tiled kernels", "tdpo2", tdpo_from_tiles, "trl-1.16"),
+    "tdpo-tiles": Contender("TDPO2 from TRL 1.16's tiled kernels", "tdpo2", partial(from_tiles, kl=True), "trl-1.16"),
     **{name: Contender(label, family, build) for name, (label, family, build) in own.contenders(BETA, ALPHA).items()},
 }

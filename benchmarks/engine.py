@@ -31,8 +31,8 @@ QUIET = {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "
 FIRST_GPU = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
 OWN = ("own-dpo", "own-tdpo2", "own-entropy-dpo", "own-recompute-tdpo2", "own-unshared-dpo", "own-plain-dpo")
 LOSSES = ("own-dpo", "own-tdpo2", "own-tbpo_a")
-KEEPING = ("own-dpo", "own-tdpo2", *PUBLIC)                 # who also runs with an allocator that keeps its pages
-FULL = ("own-dpo", "trl-1.16-compact")                      # the two that a bar compares under it; the others get three steps
+KEEPING = ("own-dpo", "own-tdpo2", *(n for n in PUBLIC if n != "trl-1.16"))     # with an allocator that keeps its pages too
+FULL = ("own-dpo", "trl-1.16-compact")      # the two that a bar compares under it; the others get three steps
 
 
 def available(names) -> list[str]:
@@ -78,9 +78,8 @@ class Bench:
         "Each contender on each shape, in its own process; on a CPU once more with the other allocator."
         for shape in shapes:
             for name in available(names):
-                repeats = min(2, self.args.repeats) if CONTENDERS[name].slow else self.args.repeats
-                self.child("step", [name], repeats, **self.source(shape))
-            for name in available(n for n in KEEPING if n in names and self.args.device == "cpu" and not CONTENDERS[n].slow):
+                self.child("step", [name], min(CONTENDERS[name].most, self.args.repeats), **self.source(shape))
+            for name in available(n for n in KEEPING if n in names and self.args.device == "cpu"):
                 repeats = self.args.repeats if name in FULL else min(3, self.args.repeats)
                 self.child("step", [name], repeats, "keeping", **self.source(shape))
 

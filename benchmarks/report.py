@@ -27,12 +27,15 @@ CPU = (
     Bar("the same, page-keeping allocator", "own-dpo", "trl-1.16-compact", (0.45, 0.50), allocator="keeping"),
     Bar("DPO step / TRL 1.10", "own-dpo", "trl-1.10", (0.09, 0.04)),
     Bar("DPO step / Liger", "own-dpo", "liger", (None, None)),
+    Bar("DPO step / DPO from TRL's kernels", "own-dpo", "dpo-tiles", (None, None)),
     Bar("TDPO2 step / own DPO, interleaved", "own-tdpo2", "own-dpo", (1.05, 1.15), section="losses"),
     Bar("TBPO-A step / own DPO, interleaved", "own-tbpo_a", "own-dpo", (1.05, 1.15), section="losses"),
     Bar("TDPO2 step / released computation", "own-tdpo2", "tdpo-released", (0.09, 0.055)),
     Bar("TDPO2 step / TDPO2 from TRL's kernels", "own-tdpo2", "tdpo-tiles", (0.20, 0.14)),
     Bar("TDPO2 peak / released computation", "own-tdpo2", "tdpo-released", (0.06, 0.015), "peak"),
     Bar("TDPO2 peak, recomputed / released", "own-recompute-tdpo2", "tdpo-released", (0.06, 0.015), "peak"),
+    Bar("TDPO2 step / TDPO2 from TRL's kernels, pages kept", "own-tdpo2", "tdpo-tiles", (None, None), allocator="keeping"),
+    Bar("TDPO2 step / released computation, pages kept", "own-tdpo2", "tdpo-released", (None, None), allocator="keeping"),
     Bar("DPO peak / TRL 1.16 compact", "own-dpo", "trl-1.16-compact", (0.20, 0.20), "peak"),
 )
 CUDA = (
@@ -184,12 +187,12 @@ def _steps(runs: list[dict]) -> list[str]:
     "Median milliseconds and peak of every contender."
     lines, runs = [], [r for r in runs if r["section"] == "step"]
     for shape in dict.fromkeys(r["shape"] for r in runs):
-        lines += ["", f"{shape:42} {'ms':>9} {'quartiles':>17} {'peak MB':>9} {'ms, pages kept':>15}"]
+        lines += ["", f"{shape:46} {'ms':>9} {'quartiles':>17} {'peak MB':>9} {'ms, pages kept':>15}"]
         for run in (r for r in runs if r["shape"] == shape and r["allocator"] == "default"):
             kept = find(runs, shape=shape, contender=run["contender"], allocator="keeping")
             middle, low, high = (1000 * t for t in (median(run["times"]), *_quartiles(run["times"])))
             label, pages = CONTENDERS[run["contender"]].label, f"{1000 * median(kept['times']):15.1f}" if kept else ""
-            lines.append(f"{label:42} {middle:9.1f} {low:8.1f}-{high:<8.1f} {run['peak'] / 1e6:9.1f} {pages}")
+            lines.append(f"{label:46} {middle:9.1f} {low:8.1f}-{high:<8.1f} {run['peak'] / 1e6:9.1f} {pages}")
     return lines
 
 
@@ -199,10 +202,10 @@ def text(result: dict) -> str:
     for key, c in result["agreement"].items():
         verdict = "agree" if c["agrees"] else "DISAGREE"
         lines.append(f"{key}: {c['contenders']} losses within {c['loss']:.1e}, gradients within {c['gradient']:.1e}: {verdict}")
-    lines += _steps(result["runs"]) + ["", f"{'':46} {'shape':12} {'ratio':>7} {'quartiles':>15} {'bar':>7}"]
+    lines += _steps(result["runs"]) + ["", f"{'':52} {'shape':12} {'ratio':>7} {'quartiles':>15} {'bar':>7}"]
     for r in result["ratios"]:
         measured = f"{r['ratio']:7.3f} {r['low']:7.3f}-{r['high']:<7.3f}"
-        lines.append(f"{r['what']:46} {r['shape']:12} {measured} {r['bar'] or '-':>7} {_verdict(r['met'])}")
+        lines.append(f"{r['what']:52} {r['shape']:12} {measured} {r['bar'] or '-':>7} {_verdict(r['met'])}")
     if (head := result["head_workspace"]):
         cells = ", ".join(f"{c['vocab'] // 1024}k x {c['response']}: {c['mb']:.0f}" for c in head["cells"])
         lines.append(f"head workspace, MB (vocabulary x response): {cells}; bar {head['bar']} {_verdict(head['met'])}")

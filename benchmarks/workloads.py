@@ -10,9 +10,9 @@ from tokpref import PreferenceCollator
 
 # (prompt, chosen, rejected) tokens of pairs of Anthropic/hh-rlhf, harmless-base, test split (MIT licence): lengths only, no text.
 # Counted with a byte-level BPE of 32,000 entries trained on film reviews and AlpacaEval answers (3.9 characters a token), begin
-# and end token included; the 3 % of the pairs with more than 512 tokens are left out. Of 2,001 random draws of 8, and of 4, each is
-# the one nearest to the median in six numbers: packed tokens, response tokens, longest row, and the ratios of padded, unshared and
-# shared tokens. The one of 2 is made up, for tests.
+# and end token included; the 3 % of the pairs with more than 512 tokens are left out. Of 2,001 random draws of 8, and of 4, each
+# is the one nearest to the median in six numbers: packed tokens, response tokens, longest row, and the ratios of padded, unshared
+# and shared tokens. The one of 2 is made up, for tests.
 HH_LENGTHS = {
     8: ((213, 82, 100), (89, 28, 3), (18, 23, 30), (265, 83, 36), (26, 22, 13), (103, 28, 16), (31, 60, 73), (174, 60, 29)),
     4: ((106, 11, 38), (131, 72, 62), (200, 27, 88), (22, 15, 24)),
