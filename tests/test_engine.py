@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from torch.testing import assert_close
 
 from tokpref import LOSSES, BaselineHead, PairLoss, TokenStats, engine, pair_loss, token_stats
-from tokpref.packing import pack_pairs, packing_obstacle
+from tokpref.packing import pack_pairs, packed_inputs, packing_obstacle, segment_attention
 from tokpref.stats import Head
 
 SMALL = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, head_dim=8,
@@ -304,3 +304,49 @@ def test_a_loss_that_mixes_pairs_is_found_out():
     model, ref_model, batch = make("GPT2"), make("GPT2", 1), shared_batch()
     with pytest.raises(ValueError, match="other pairs"): pair_loss(model, ref_model, batch, centred, chunk_size=1)
     assert "other pairs" in engine.engine_obstacles(model, ref_model, batch, centred)["one_pass"]
+
+
+# Attention by segments
+
+@pytest.mark.parametrize("family", [family for family in MODELS if family != "Gemma2"])
+@pytest.mark.parametrize("segments", [True, False])
+def test_attention_by_segments_and_by_mask(family, segments, monkeypatch):
+    model, ref_model = (make(family, seed).float() for seed in (0, 1))
+    assert engine.takes_segments(model, shared_batch())
+    if not segments: monkeypatch.setattr(engine, "takes_segments", lambda model, batch: False)
+    batch, weights = shared_batch(), list(model.parameters())
+    close(fast("tdpo1", model, ref_model, batch, weights, shared_prompt=True), slow("tdpo1", model, ref_model, batch, weights), 1e-5)
+    assert model.config._attn_implementation == ref_model.config._attn_implementation == "sdpa"
+
+
+def test_segments_only_where_they_are_exact():
+    batch = shared_batch()
+    assert not engine.takes_segments(make("Mistral", sliding_window=4).float(), batch)
+    assert engine.takes_segments(make("Mistral", sliding_window=64).float(), batch)
+    model = make("Llama").float()
+    model.gradient_checkpointing_enable()
+    assert not engine.takes_segments(model, batch)
+
+
+def test_attention_is_given_back_after_an_error():
+    model, packed = make("Llama"), pack_pairs(shared_batch(), None)
+    with pytest.raises(KeyError):
+        with segment_attention(packed, model): raise KeyError
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_packed_inputs_are_of_no_use_to_another_attention():
+    model, packed = make("Llama"), pack_pairs(shared_batch(), None)
+    with pytest.raises(RuntimeError): model(**packed_inputs(packed, model))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpoints_change_nothing(reentrant):
+    model, ref_model, batch = make("Llama").float(), make("Llama", 1).float(), shared_batch()
+    pair_loss(model, ref_model, batch, LOSSES["tdpo1"]).loss.backward()
+    wanted = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    model.train(), model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    pair_loss(model, ref_model, batch, LOSSES["tdpo1"]).loss.backward()
+    for p, b in zip(model.parameters(), wanted): assert_close(p.grad, b, rtol=1e-5, atol=1e-6)

@@ -6,6 +6,7 @@
 __all__ = ['BatchLoss', 'pair_loss', 'pair_stats', 'engine_obstacles']
 
 # %% ../nbs/library/29_one_pass.ipynb #39bfbaed
+import contextlib
 import logging
 from collections.abc import Callable
 from typing import NamedTuple
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .losses.types import PairLoss, TokenStats
-from .packing import Packed, pack_pairs, packed_inputs, packing_obstacle
+from .packing import Packed, pack_pairs, packed_inputs, packing_obstacle, segment_attention, takes_segments
 from .scores import _Workspace, _wide
 from .stats import _check_vocabulary, _features, _flat_stats, _reference_features, _response_positions, base_model, evaluating
 
@@ -193,7 +194,8 @@ def _plan(batch: dict, models: list[nn.Module], shared_prompt: bool | None) -> _
     if why and why not in _told: _told.add(why), _log.warning("%s; each response runs with its own prompt", why)
     here = {name: batch[name].cpu() for name in ("input_ids", "attention_mask", "completion_mask")}
     use = shared_prompt is not False and not why
-    packed = pack_pairs(here, base_model(models[0]).config.get_text_config().hidden_size) if use else None
+    size = None if use and all(takes_segments(m, batch) for m in models) else base_model(models[0]).config.get_text_config().hidden_size
+    packed = pack_pairs(here, size) if use else None
     return _to(_layout(here, packed), batch["input_ids"].device)
 
 # %% ../nbs/library/29_one_pass.ipynb #d0f44be8
@@ -209,9 +211,11 @@ def _states(model: nn.Module, ref_model: nn.Module | None, batch: dict, layout: 
     "Features of policy and reference; the reference is left out where its log-probs came with the batch and no KL is asked for."
     live = full or batch.get("ref_logps") is None
     inputs = lambda m: batch if layout.packed is None else packed_inputs(layout.packed, m)
-    reference = _reference_features(model, ref_model, inputs(ref_model or model), layout.positions) if live else None
-    if full and reference is None: raise ValueError("a KL needs the reference's whole distribution: pass ref_model, or a PEFT model")
-    return _features(model, inputs(model), layout.positions), reference
+    segments = contextlib.nullcontext() if layout.packed is None else segment_attention(layout.packed, model, *([ref_model] if ref_model else []))
+    with segments:
+        reference = _reference_features(model, ref_model, inputs(ref_model or model), layout.positions) if live else None
+        if full and reference is None: raise ValueError("a KL needs the reference's whole distribution: pass ref_model, or a PEFT model")
+        return _features(model, inputs(model), layout.positions), reference
 
 # %% ../nbs/library/29_one_pass.ipynb #6dd744f5
 def _statistics(work: _Workspace, policy: Tensor, reference: Tensor | None, targets: Tensor) -> dict[str, Tensor]:
@@ -225,7 +229,7 @@ def _in_one_pass(policy: tuple, reference: tuple | None, layout: _Layout, given:
     (hidden, head, _), (ref_hidden, ref_head, _) = policy, reference or (None, None, None)
     if ref_head is not None: _check_vocabulary(head, ref_head)
     known, lengths = {name: x.detach() for name, x in given.items()}, layout.lengths
-    work = _Workspace(head, ref_head, asked, *sizes, hidden.device)
+    work = _Workspace(head, ref_head, asked, sizes, hidden.device, max(map(sum, zip(lengths[::2], lengths[1::2]))))
     inputs = hidden, head.weight, head.bias, given.get("baseline")
     grads = _Gradients(*inputs) if torch.is_grad_enabled() else None
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
@@ -261,7 +265,7 @@ def pair_loss(
     one_pass: bool = True,                  # False: statistics first, then autograd, which computes all scores a second time
     shared_prompt: bool | None = None,      # pairs as packed segments; None: if that changes nothing, tried once for each model
     chunk_size: int | None = None,          # positions scored at a time; None: from `workspace`
-    workspace: int | None = None,           # bytes for scores; None: 64 MiB on a CPU, 512 MiB elsewhere
+    workspace: int | None = None,           # bytes for scores; None: 64 MiB, and up to 256 for a long pair; elsewhere than on a CPU 512 and 1024
 ) -> BatchLoss:
     """The mean loss of B preference pairs with its gradient, and what a log wants to know.
 

@@ -76,14 +76,16 @@ def _wide(dtype: torch.dtype) -> torch.dtype: return torch.float64 if dtype == t
 class _Buffers:
     "Scores of policy and reference for a chunk of positions, in buffers that are used again and again."
 
-    def __init__(self, head: Head, ref_head: Head | None, asked: tuple, budget: int | None, chunk_size: int | None, device: torch.device):
+    def __init__(self, head: Head, ref_head: Head | None, asked: tuple, sizes: tuple[int | None, int | None], device: torch.device, pair: int = 0):
+        "`sizes`: bytes for all buffers and positions in a chunk, None to choose; `pair`: positions of the largest pair."
         same = ref_head is not None and ref_head.weight is head.weight
         self.head, self.asked, self.device = head.cast(device.type), asked, device
         self.ref_head = self.head if same or ref_head is None else ref_head.cast(device.type)
         self.dtype, self.vocabulary = _wide(self.head.weight.dtype), head.weight.shape[0]
         self.both = asked[0] or asked[1]                    # both scores are needed at the same time
         self.low = self.head.weight.dtype != self.dtype
-        self.chunk = chunk_size or self._fit(budget or (64 if device.type == "cpu" else 512) * 2**20)
+        least, most = (2**26, 2**28) if device.type == "cpu" else (2**29, 2**30)
+        self.chunk = sizes[1] or (self._fit(sizes[0]) if sizes[0] else min(max(self._fit(least), pair), self._fit(most)))
         self.block = max(1, 2**18 // self.vocabulary) if device.type == "cpu" else self.chunk      # rows that stay in the cache
 
     def _fit(self, budget: int) -> int:
