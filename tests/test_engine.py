@@ -313,7 +313,7 @@ def test_a_loss_that_mixes_pairs_is_found_out():
 def test_attention_by_segments_and_by_mask(family, segments, monkeypatch):
     model, ref_model = (make(family, seed).float() for seed in (0, 1))
     assert engine.takes_segments(model, shared_batch())
-    if not segments: monkeypatch.setattr(engine, "takes_segments", lambda model, batch: False)
+    monkeypatch.setattr(engine, "pack_pairs", lambda batch, size, one_row: pack_pairs(batch, size, segments))
     batch, weights = shared_batch(), list(model.parameters())
     close(fast("tdpo1", model, ref_model, batch, weights, shared_prompt=True), slow("tdpo1", model, ref_model, batch, weights), 1e-5)
     assert model.config._attn_implementation == ref_model.config._attn_implementation == "sdpa"
@@ -329,14 +329,14 @@ def test_segments_only_where_they_are_exact():
 
 
 def test_attention_is_given_back_after_an_error():
-    model, packed = make("Llama"), pack_pairs(shared_batch(), None)
+    model, packed = make("Llama"), pack_pairs(shared_batch(), one_row=True)
     with pytest.raises(KeyError):
         with segment_attention(packed, model): raise KeyError
     assert model.config._attn_implementation == "sdpa"
 
 
 def test_packed_inputs_are_of_no_use_to_another_attention():
-    model, packed = make("Llama"), pack_pairs(shared_batch(), None)
+    model, packed = make("Llama"), pack_pairs(shared_batch(), one_row=True)
     with pytest.raises(RuntimeError): model(**packed_inputs(packed, model))
 
 

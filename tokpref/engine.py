@@ -194,8 +194,9 @@ def _plan(batch: dict, models: list[nn.Module], shared_prompt: bool | None) -> _
     if why and why not in _told: _told.add(why), _log.warning("%s; each response runs with its own prompt", why)
     here = {name: batch[name].cpu() for name in ("input_ids", "attention_mask", "completion_mask")}
     use = shared_prompt is not False and not why
-    size = None if use and all(takes_segments(m, batch) for m in models) else base_model(models[0]).config.get_text_config().hidden_size
-    packed = pack_pairs(here, size) if use else None
+    if not use: return _to(_layout(here), batch["input_ids"].device)
+    one_row = None if all(takes_segments(m, batch) for m in models) else False
+    packed = pack_pairs(here, base_model(models[0]).config.get_text_config().hidden_size, one_row)
     return _to(_layout(here, packed), batch["input_ids"].device)
 
 # %% ../nbs/library/29_one_pass.ipynb #d0f44be8

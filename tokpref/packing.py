@@ -78,9 +78,15 @@ def _beginnings(batch: dict) -> tuple[Tensor, Tensor, Tensor]:
     return start, length, same.long().cumprod(-1).sum(-1).repeat(2)
 
 
+def _cost_in_one_row(sizes: list[int], shared: list[int], hidden_size: int) -> float:
+    "What `pack_rows` calls cost, with attention by segments: half a square for the shared beginning, and the rest against all."
+    return sum(6 * hidden_size * n + both * both / 2 + (n - both) * n for n, both in zip(sizes, shared))
+
+
 def pack_pairs(
     batch: dict,                    # input_ids and attention_mask, each [2B, L], chosen rows first, padded on either side
-    hidden_size: int | None = 1024, # H of the model: decides how long a row may get; None: one row for all
+    hidden_size: int = 1024,        # H of the model: decides how long a row may get
+    one_row: bool | None = False,   # all in one row, for `segment_attention`; None: if that costs less
 ) -> Packed:
     "The segments of a batch of pairs. Raises `ValueError` for an odd number of rows, and for padding between tokens."
     if len(batch["input_ids"]) % 2: raise ValueError(f"a preference batch has an even number of rows, chosen first; got {len(batch['input_ids'])}")
@@ -91,14 +97,16 @@ def pack_pairs(
     pairs = len(mask) // 2
     c, r, s = host[1][:pairs], host[1][pairs:], host[2][:pairs]
     sizes = [a + b - both for a, b, both in zip(c, r, s)]
-    rows, width = ([list(range(pairs))], sum(sizes)) if hidden_size is None else pack_rows(sizes, hidden_size)
+    rows, width = pack_rows(sizes, hidden_size)
+    if one_row is None: one_row = _cost_in_one_row(sizes, s, hidden_size) < 0.95 * len(rows) * width * (6 * hidden_size + width)
+    if one_row: rows, width = [list(range(pairs))], sum(sizes)
     base = [0] * pairs
     for row, members in enumerate(rows):
         column = row * width
         for i in members: base[i], column = column, column + c[i] + r[i] - s[i]
     own = [b + both for b, both in zip(base, s)] + [b + a for b, a in zip(base, c)]
     numbers = torch.tensor([base + base, own], device=device)
-    parts = tuple((both, size - both) for both, size in zip(s, sizes)) if hidden_size is None else ()
+    parts = tuple((both, size - both) for both, size in zip(s, sizes)) if one_row else ()
     return _fill(batch, Packed(None, None, None, None, start, shared, *numbers, parts), (len(rows), width))
 
 # %% ../nbs/library/28_shared_prompt.ipynb #662c2225
@@ -204,7 +212,7 @@ def _measured_obstacle(model: nn.Module, batch: dict, one_row: bool = False) -> 
     pairs = len(batch["input_ids"]) // 2
     some = [i + side for side in (0, pairs) for i in range(min(2, pairs))]
     few = {name: batch[name][some] for name in ("input_ids", "attention_mask")}
-    packed, at = pack_pairs(few, None if one_row else 1), few["attention_mask"].nonzero(as_tuple=True)
+    packed, at = pack_pairs(few, 1, one_row), few["attention_mask"].nonzero(as_tuple=True)
     with torch.no_grad(), evaluating(model):
         try:
             with segment_attention(packed, model): ours = _last_states(model, packed_inputs(packed, model)).flatten(0, 1)[packed.locate(*at)]

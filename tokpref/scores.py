@@ -15,19 +15,17 @@ from .stats import Head
 
 # %% ../nbs/library/27_in_place.ipynb #a5caefd7
 class _Pages(threading.local):
-    "Large buffers of this thread that live on: on a CPU, memory fresh from the system costs more than what is computed in it."
+    "Large buffers of this thread that are used again and again: memory fresh from the system costs more than what is computed in it."
 
     def __init__(self): self.flat: dict[tuple, Tensor] = {}
 
     def take(self, name: str, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        "An uninitialised [rows, columns] buffer; on an accelerator, whose allocator keeps its pages anyway, a new one."
-        if device.type != "cpu": return torch.empty(rows, columns, dtype=dtype, device=device)
-        kept = self.flat.get((name, dtype))
-        if kept is None or kept.numel() < rows * columns:
-            del kept
-            self.flat.pop((name, dtype), None)                      # the old pages go before the new ones come
-            with torch.inference_mode(False): kept = self.flat[name, dtype] = torch.empty(rows * columns, dtype=dtype)
-        return kept[:rows * columns].view(rows, columns)
+        "The [rows, columns] buffer of that name, with whatever was left in it; made new only if the last one was smaller."
+        key, size = (name, dtype, device), rows * columns
+        if key not in self.flat or self.flat[key].numel() < size:
+            self.flat.pop(key, None)                                # the old pages go before the new ones come
+            with torch.inference_mode(False): self.flat[key] = torch.empty(size, dtype=dtype, device=device)
+        return self.flat[key][:size].view(rows, columns)
 
 
 _pages = _Pages()
@@ -80,6 +78,7 @@ class _Buffers:
         "`sizes`: bytes for all buffers and positions in a chunk, None to choose; `pair`: positions of the largest pair."
         same = ref_head is not None and ref_head.weight is head.weight
         self.head, self.asked, self.device = head.cast(device.type), asked, device
+        self.pages = _pages if device.type == "cpu" else _Pages()
         self.ref_head = self.head if same or ref_head is None else ref_head.cast(device.type)
         self.dtype, self.vocabulary = _wide(self.head.weight.dtype), head.weight.shape[0]
         self.both = asked[0] or asked[1]                    # both scores are needed at the same time
@@ -93,7 +92,7 @@ class _Buffers:
         return max(1, int(budget / (buffers * self.dtype.itemsize * self.vocabulary)))
 
     def buffer(self, name: str, rows: int, dtype: torch.dtype | None = None) -> Tensor:
-        return _pages.take(name, rows, self.vocabulary, dtype or self.dtype, self.device)
+        return self.pages.take(name, rows, self.vocabulary, dtype or self.dtype, self.device)
 
     def scores(self, head: Head, hidden: Tensor, name: str) -> Tensor:
         "[n, V] scores in the buffer of that name; with a soft cap also its slope, in the buffer `slope`."
