@@ -14,7 +14,7 @@ QUIET  := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false TQ
 RECIPE := settings.ini setup.py pyproject.toml $(CONSTRAINTS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-min check test-notebooks test-python prepare notebooks site test-site hooks clean
+.PHONY: help demo test test-min check test-notebooks test-python prepare notebooks site test-site bench hooks clean
 .NOTPARALLEL:
 
 help:  ## list the commands
@@ -60,6 +60,9 @@ hooks: $(VENV)/.dev  ## install the git hooks that keep notebooks clean and merg
 test-min:  ## the same tests with the oldest versions that settings.ini allows
 	@$(MAKE) --no-print-directory test-notebooks test-python VENV=.venv-min CONSTRAINTS=tools/min_versions.txt
 
+bench: $(VENV)/.bench  ## time and memory of a training step beside public peers (BENCH=--quick: tiny, no peers)
+	@$(BIN)/python benchmarks/engine.py $(BENCH)
+
 clean:  ## remove what these commands made (the environments too)
 	rm -rf .venv .venv-min _proc _docs _site build dist *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -77,6 +80,13 @@ $(VENV)/.base: $(RECIPE) | $(BIN)/python
 $(VENV)/.site: $(VENV)/.dev tools/site/package-lock.json
 	@$(BIN)/python -m pip install -qq -c $(CONSTRAINTS) -e '.[dev,site]'
 	@npm ci --prefix tools/site --no-audit --no-fund --loglevel=error
+	@touch $@
+
+$(VENV)/.bench: $(VENV)/.base $(wildcard benchmarks/requirements-*.txt)
+	@echo "installing the benchmark's peers into $(VENV)/peers, each in a folder of its own"
+	@rm -rf $(VENV)/peers
+	@for file in benchmarks/requirements-*.txt; do name=$${file#benchmarks/requirements-}; \
+	 $(BIN)/python -m pip install -qq --no-deps --target $(VENV)/peers/$${name%.txt} -r $$file || exit 1; done
 	@touch $@
 
 $(VENV)/.dev: $(RECIPE) | $(BIN)/python

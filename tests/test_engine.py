@@ -1,6 +1,8 @@
 """Every loss on every family of models: engine plus loss against plain full logits plus loss, values and gradients of all weights."""
 
 import copy
+import functools
+import inspect
 
 import pytest
 import torch
@@ -8,7 +10,9 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from torch.testing import assert_close
 
-from tokpref import LOSSES, BaselineHead, TokenStats, token_stats
+from tokpref import LOSSES, BaselineHead, PairLoss, TokenStats, engine, pair_loss, token_stats
+from tokpref.packing import pack_pairs, packed_inputs, packing_obstacle, segment_attention
+from tokpref.stats import Head
 
 SMALL = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, head_dim=8,
              vocab_size=41, max_position_embeddings=32, pad_token_id=0, bos_token_id=1, eos_token_id=2)
@@ -19,9 +23,9 @@ SPECIAL = {"Granite": dict(logits_scaling=3.0), "Cohere": dict(logit_scale=0.5),
            "OPT": dict(ffn_dim=32, word_embed_proj_dim=16)}
 
 
-def make(family: str, seed: int = 0):
+def make(family: str, seed: int = 0, **changes):
     torch.manual_seed(seed)
-    config = getattr(transformers, f"{family}Config")(**SMALL, **SPECIAL.get(family, {}))
+    config = getattr(transformers, f"{family}Config")(**SMALL, **SPECIAL.get(family, {}), **changes)
     return getattr(transformers, MODELS[family])(config).eval().double()
 
 
@@ -49,7 +53,7 @@ def plain(model, ref_model, batch, baseline=None):
         b = baseline(out.hidden_states[-1][0, :-1][keep].detach()) if baseline is not None else torch.zeros(len(y))
         rows.append((logp.gather(1, y)[:, 0], logq.gather(1, y)[:, 0], torch.ones(len(y)).bool(), (logq.exp() * (logq - logp)).sum(-1), b))
     pad = lambda part: TokenStats(*(torch.nn.utils.rnn.pad_sequence(v, batch_first=True) for v in zip(*part)))
-    return pad(rows[:2]), pad(rows[2:])
+    return pad(rows[:len(rows) // 2]), pad(rows[len(rows) // 2:])
 
 
 def gradients(name, stats, model):
@@ -113,3 +117,236 @@ def test_weights_of_tokens_reach_the_loss():
     chosen, _ = token_stats(model, ref_model, {**batch, "weights": first})
     bare, _ = token_stats(model, ref_model, batch)
     assert_close(chosen.log_ratio.sum(-1), bare.log_ratio[:, 0])
+
+
+# One pass, and packed pairs
+
+FAST = [(family, dtype, side) for family in MODELS for dtype, side in (("float64", "right"), ("float64", "left"), ("float32", "right"))
+        if (family, dtype) != ("Gemma2", "float64")] + [("Gemma2", "float32", "left")]
+WINDOWED = {"Mistral": dict(sliding_window=4), "Phi3": dict(sliding_window=4), "Gemma2": dict(sliding_window=4),
+            "Qwen2": dict(use_sliding_window=True, sliding_window=4, max_window_layers=1)}
+
+
+def shared_batch(side: str = "right") -> dict:
+    "Two pairs whose rows share their prompt, the first also the beginning of the response; and one whose prompts differ."
+    generator = torch.Generator().manual_seed(3)
+    draw = lambda n: torch.randint(3, 41, (n,), generator=generator).tolist()
+    prompts = [draw(5), draw(3), draw(2)]
+    begin = draw(1)
+    chosen = [prompts[0] + begin + draw(5), prompts[1] + draw(2), prompts[2] + draw(1)]
+    rejected = [prompts[0] + begin + draw(2), prompts[1] + draw(6), draw(2) + draw(3)]
+    rows, sizes, length = chosen + rejected, [5, 3, 2] * 2, 12
+    batch = {name: torch.zeros(6, length, dtype=torch.long) for name in ("input_ids", "attention_mask", "completion_mask")}
+    for row, (ids, prompt) in enumerate(zip(rows, sizes)):
+        start = 0 if side == "right" else length - len(ids)
+        batch["input_ids"][row, start:start + len(ids)] = torch.tensor(ids)
+        batch["attention_mask"][row, start:start + len(ids)] = 1
+        batch["completion_mask"][row, start + prompt:start + len(ids)] = 1
+    return batch
+
+
+def options_of(name: str) -> dict: return {"window": 2} if name == "adpo" else {}
+
+
+def mean_and_gradients(loss, weights): return loss.detach(), torch.autograd.grad(loss, weights)
+
+
+def fast(name, model, ref_model, batch, weights, baseline=None, **changes):
+    loss = functools.partial(LOSSES[name], **options_of(name))
+    return mean_and_gradients(pair_loss(model, ref_model, batch, loss, baseline=baseline, **changes).loss, weights)
+
+
+def slow(name, model, ref_model, batch, weights, baseline=None):
+    "From full logits, each row on its own."
+    return mean_and_gradients(LOSSES[name](*plain(model, ref_model, batch, baseline), **options_of(name)).losses.mean(), weights)
+
+
+@pytest.mark.parametrize("family, dtype, side", FAST)
+def test_fast_ways_match_full_logits(family, dtype, side):
+    model, ref_model = (make(family, seed, **WINDOWED.get(family, {})).to(getattr(torch, dtype)) for seed in (0, 1))
+    ref_model.requires_grad_(False)
+    batch, weights = shared_batch(side), list(model.parameters())
+    tolerance = 1e-5 if dtype == "float32" else 1e-9 if family in ("GPT2", "GPTNeoX", "OPT") else 1e-6    # the others normalise in float32
+    for name in ("dpo", "tdpo1", "tbpo_a"):
+        wanted = slow(name, model, ref_model, batch, weights)
+        for changes in (dict(shared_prompt=True), dict(shared_prompt=True, chunk_size=4), dict(shared_prompt=False, chunk_size=7),
+                        dict(shared_prompt=True, one_pass=False)):
+            close(fast(name, model, ref_model, batch, weights, **changes), wanted, tolerance)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_fast_ways_serve_every_loss(name):
+    model, ref_model, batch = make("GPT2"), make("GPT2", 1).requires_grad_(False), shared_batch()
+    head = BaselineHead(16, 8).double()
+    torch.nn.init.normal_(head.layers[-1].weight)
+    baseline = (lambda hidden: head.layers(hidden).squeeze(-1)) if LOSSES[name].baseline else None
+    weights = list(model.parameters()) + (list(head.parameters()) if baseline else [])
+    wanted = slow(name, model, ref_model, batch, weights, baseline)
+    for chunk_size in (1, 5, None): close(fast(name, model, ref_model, batch, weights, baseline, chunk_size=chunk_size), wanted, 1e-9)
+
+
+@pytest.mark.parametrize("family", ["GPT2", "Llama", "Gemma2"])
+def test_fast_ways_with_an_adapter(family):
+    base = make(family, **WINDOWED.get(family, {})).float()
+    torch.manual_seed(5)
+    modules = {"GPT2": ["c_attn"]}.get(family, ["q_proj", "v_proj"])
+    config = LoraConfig(r=2, target_modules=modules, init_lora_weights=False, fan_in_fan_out=family == "GPT2")
+    model = get_peft_model(copy.deepcopy(base), config).float().eval()
+    weights = [p for p in model.parameters() if p.requires_grad]
+    for name in ("dpo", "tdpo1"):
+        close(fast(name, model, None, shared_batch(), weights, chunk_size=6), slow(name, model, base, shared_batch(), weights), 1e-5)
+    assert model.get_base_model().get_output_embeddings().weight.grad is None
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_packed_pairs_in_both_attentions(attention):
+    model, ref_model = (make("Llama", seed).float() for seed in (0, 1))
+    for m in (model, ref_model): m.set_attn_implementation(attention)
+    weights = list(model.parameters())
+    close(fast("tdpo2", model, ref_model, shared_batch(), weights, shared_prompt=True),
+          slow("tdpo2", model, ref_model, shared_batch(), weights), 1e-5)
+
+
+def test_packed_pairs_hold_nothing_twice():
+    batch = shared_batch()
+    packed = pack_pairs(batch, hidden_size=16)
+    rows, columns = batch["attention_mask"].nonzero(as_tuple=True)
+    places = packed.locate(rows, columns)
+    assert_close(packed.input_ids.flatten()[places], batch["input_ids"][rows, columns])
+    assert len(places.unique()) == (packed.segment >= 0).sum() == len(places) - 6 - 3     # two prompts and one begun response are shared
+    assert_close(packed.shared, torch.tensor([6, 3, 0] * 2))
+    assert packed.sees().any(-1).all(), "a row that sees nothing has a softmax of nan"
+
+
+@pytest.mark.parametrize("needs", [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize("size", [1, 3, 100])
+def test_one_pass_against_finite_differences(needs, size):
+    torch.manual_seed(1)
+    lengths, targets = [3, 2, 1, 2], torch.randint(7, (8,))
+    ref_hidden, ref_head = torch.randn(8, 4, dtype=torch.float64), Head(torch.randn(7, 4, dtype=torch.float64), softcap=3.0)
+    layout = engine._Layout(None, None, lengths, targets, None, None)
+    def loss(chosen, rejected):
+        total = lambda s: (s.log_ratio.sin() + 0.3 * s.kl_terms ** 2 + s.logps * s.baseline).sum(-1)
+        value = (0.5 * total(chosen) - total(rejected)).tanh()
+        return PairLoss(value, value, value)
+    def run(hidden, weight, bias, baseline):
+        policy = hidden, Head(weight, bias, 0.5, 2.0), None
+        return 3 * engine._in_one_pass(policy, (ref_hidden, ref_head, None), layout, {"baseline": baseline}, loss, (True, False, False), (None, size)).loss
+    shapes, grads = ((8, 3), (7, 3), (7,), (8,)), (needs[0], needs[1], needs[1], True)
+    assert torch.autograd.gradcheck(run, [torch.randn(s, dtype=torch.float64, requires_grad=g) for s, g in zip(shapes, grads)])
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 0.1), (torch.float16, 0.02)])
+@pytest.mark.parametrize("name", ["dpo", "tdpo2"])
+def test_one_pass_in_low_precision_and_under_autocast(name, dtype, tolerance):
+    model, ref_model, batch = make("Llama").float(), make("Llama", 1).float(), shared_batch()
+    weights = list(model.parameters())
+    exact = fast(name, model, ref_model, batch, weights)
+    with torch.autocast("cpu", dtype): mixed = fast(name, model, ref_model, batch, weights)
+    low = fast(name, model.to(dtype), ref_model.to(dtype), batch, list(model.parameters()))
+    assert mixed[0].dtype == low[0].dtype == torch.float32 and {g.dtype for g in mixed[1]} == {torch.float32}
+    for other in (mixed, low):
+        assert_close(other[0], exact[0], rtol=tolerance, atol=tolerance)
+        for a, b in zip(other[1], exact[1]): assert_close(a.float(), b, rtol=tolerance, atol=tolerance * b.abs().max().item())
+
+
+def test_a_factor_on_the_loss_reaches_every_gradient():
+    model, ref_model, batch = make("GPT2"), make("GPT2", 1), shared_batch()
+    weights = list(model.parameters())
+    loss = lambda: pair_loss(model, ref_model, batch, LOSSES["tdpo1"]).loss
+    for a, b in zip(torch.autograd.grad(0.25 * loss(), weights), torch.autograd.grad(loss(), weights)): assert_close(4 * a, b)
+    twice = loss()
+    twice.backward(retain_graph=True), twice.backward()
+    for p, b in zip(weights, torch.autograd.grad(loss(), weights)): assert_close(p.grad, 2 * b)
+
+
+def test_without_gradient_statistics_only():
+    model, ref_model, batch = make("GPT2"), make("GPT2", 1), shared_batch()
+    with torch.no_grad(): found = pair_loss(model, ref_model, batch, LOSSES["tdpo2"], entropy=True, reverse_kl=True, chunk_size=4)
+    assert not found.loss.requires_grad
+    for ours, oracle in zip((found.chosen, found.rejected), token_stats(model, ref_model, batch, entropy=True, reverse_kl=True)):
+        for field, value in vars(oracle).items():
+            if value is not None: assert_close(getattr(ours, field), value.detach())
+
+
+def test_weights_and_reference_log_probs_of_the_batch_are_used():
+    model, ref_model, batch = make("GPT2"), make("GPT2", 1), shared_batch()
+    bare = pair_loss(model, ref_model, batch, LOSSES["dpo"])
+    longest = max(s.logps.shape[1] for s in (bare.chosen, bare.rejected))
+    known = torch.cat([torch.nn.functional.pad(s.ref_logps, (0, longest - s.ref_logps.shape[1])) for s in (bare.chosen, bare.rejected)])
+    assert_close(pair_loss(model, None, {**batch, "ref_logps": known}, LOSSES["dpo"]).loss, bare.loss)
+    half = {**batch, "weights": 0.5 * batch["completion_mask"]}
+    assert_close(pair_loss(model, ref_model, half, LOSSES["dpo"]).chosen.log_ratio, 0.5 * bare.chosen.log_ratio)
+
+
+def test_what_cannot_be_packed_is_refused_or_runs_apart(caplog):
+    config = transformers.BloomConfig(hidden_size=16, n_layer=1, n_head=2, vocab_size=41)
+    model, ref_model = (transformers.BloomForCausalLM(config).eval() for _ in range(2))
+    with pytest.raises(ValueError, match="takes no position ids"): pair_loss(model, ref_model, shared_batch(), LOSSES["dpo"], shared_prompt=True)
+    apart = pair_loss(model, ref_model, shared_batch(), LOSSES["dpo"])
+    assert "runs with its own prompt" in caplog.text
+    assert_close(apart.loss, pair_loss(model, ref_model, shared_batch(), LOSSES["dpo"], shared_prompt=False).loss)
+
+
+def test_a_model_that_counts_columns_is_found_out():
+    class Counts(transformers.LlamaForCausalLM):
+        def forward(self, input_ids=None, position_ids=None, **kwargs):
+            return super().forward(input_ids=input_ids, position_ids=torch.arange(input_ids.shape[1])[None], **kwargs)
+        forward.__signature__ = inspect.signature(transformers.LlamaForCausalLM.forward)
+    model = Counts(make("Llama").config).eval()
+    assert "states differ" in packing_obstacle(model, shared_batch())
+
+
+def test_a_loss_that_mixes_pairs_is_found_out():
+    def centred(chosen, rejected):
+        margin = chosen.logps.sum(-1) - rejected.logps.sum(-1)
+        return PairLoss((margin - margin.mean()) ** 2, margin, margin)
+    model, ref_model, batch = make("GPT2"), make("GPT2", 1), shared_batch()
+    with pytest.raises(ValueError, match="other pairs"): pair_loss(model, ref_model, batch, centred, chunk_size=1)
+    assert "other pairs" in engine.engine_obstacles(model, ref_model, batch, centred)["one_pass"]
+
+
+# Attention by segments
+
+@pytest.mark.parametrize("family", [family for family in MODELS if family != "Gemma2"])
+@pytest.mark.parametrize("segments", [True, False])
+def test_attention_by_segments_and_by_mask(family, segments, monkeypatch):
+    model, ref_model = (make(family, seed).float() for seed in (0, 1))
+    assert engine.takes_segments(model, shared_batch())
+    monkeypatch.setattr(engine, "pack_pairs", lambda batch, size, one_row: pack_pairs(batch, size, segments))
+    batch, weights = shared_batch(), list(model.parameters())
+    close(fast("tdpo1", model, ref_model, batch, weights, shared_prompt=True), slow("tdpo1", model, ref_model, batch, weights), 1e-5)
+    assert model.config._attn_implementation == ref_model.config._attn_implementation == "sdpa"
+
+
+def test_segments_only_where_they_are_exact():
+    batch = shared_batch()
+    assert not engine.takes_segments(make("Mistral", sliding_window=4).float(), batch)
+    assert engine.takes_segments(make("Mistral", sliding_window=64).float(), batch)
+    model = make("Llama").float()
+    model.gradient_checkpointing_enable()
+    assert not engine.takes_segments(model, batch)
+
+
+def test_attention_is_given_back_after_an_error():
+    model, packed = make("Llama"), pack_pairs(shared_batch(), one_row=True)
+    with pytest.raises(KeyError):
+        with segment_attention(packed, model): raise KeyError
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_packed_inputs_are_of_no_use_to_another_attention():
+    model, packed = make("Llama"), pack_pairs(shared_batch(), one_row=True)
+    with pytest.raises(RuntimeError): model(**packed_inputs(packed, model))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpoints_change_nothing(reentrant):
+    model, ref_model, batch = make("Llama").float(), make("Llama", 1).float(), shared_batch()
+    pair_loss(model, ref_model, batch, LOSSES["tdpo1"]).loss.backward()
+    wanted = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    model.train(), model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    pair_loss(model, ref_model, batch, LOSSES["tdpo1"]).loss.backward()
+    for p, b in zip(model.parameters(), wanted): assert_close(p.grad, b, rtol=1e-5, atol=1e-6)

@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 _LAZY = {
     "stats": ["response_stats", "split_pairs", "token_stats"],
+    "engine": ["BatchLoss", "pair_loss", "pair_stats"],
     "data": ["PreferenceCollator", "load_preferences", "load_texts", "prepare"],
     "trainer": ["PreferenceConfig", "PreferenceTrainer"],
     "evaluation": ["preference_metrics", "sample", "sample_kl"],

@@ -166,7 +166,8 @@ def _model_inputs(base: nn.Module, batch: dict) -> dict:
     mask = batch["attention_mask"]
     inputs = dict(input_ids=batch["input_ids"], attention_mask=mask)
     accepts = inspect.signature(type(base).forward).parameters
-    if "position_ids" in accepts: inputs["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)
+    if "position_ids" in accepts:
+        inputs["position_ids"] = batch["position_ids"] if "position_ids" in batch else (mask.long().cumsum(-1) - 1).clamp(min=0)
     if "use_cache" in accepts: inputs["use_cache"] = False
     return inputs
 
