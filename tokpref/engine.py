@@ -12,12 +12,11 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .losses.types import PairLoss, TokenStats
-from .packing import Packed, pack_pairs, packed_inputs, packing_obstacle, segment_attention, takes_segments
+from .packing import Packed, pack_pairs, packed_inputs, packing_obstacle, segment_attention, takes_segments, without_ddp
 from .scores import _Workspace, _wide
 from .stats import _check_vocabulary, _features, _flat_stats, _reference_features, _response_positions, base_model, evaluating
 
@@ -326,7 +325,7 @@ def engine_obstacles(
     baseline: Callable | None = None,       # as for `pair_loss`
 ) -> dict[str, str | None]:                 # why `one_pass` and `shared_prompt` can't be used, in plain words; None: they can
     "What stands against the fast ways of `pair_loss` for these models, this loss, and batches like this one."
-    model, baseline = (m and extract_model_from_parallel(m, keep_fp32_wrapper=True) for m in (model, baseline))
+    model, baseline = without_ddp(model), baseline and without_ddp(baseline)
     pairs = len(batch["input_ids"]) // 2
     some = [i + side for side in (0, pairs) for i in range(min(2, pairs))]
     few = {name: batch[name][some] for name in ("input_ids", "attention_mask", "completion_mask", "weights", "ref_logps") if name in batch}

@@ -151,13 +151,13 @@ class _Scores(Trainer):
         kl = self.spec.kl or (self.args.eval_kl and live and not model.training)
         loss = functools.partial(self.spec, **self.args.options)
         with self.accelerator.autocast():
-            if self.engine is None: self._choose_engine(inputs, loss)
+            if self.engine is None: self._choose_engine(model, inputs, loss)
             return pair_loss(model, self.ref_model, inputs, loss, kl=kl, entropy=kl, baseline=self.baseline_head,
                              chunk_size=self.args.chunk_size, workspace=self.args.workspace, **self.engine)
 
-    def _choose_engine(self, inputs: dict, loss: Callable) -> None:
+    def _choose_engine(self, model: nn.Module, inputs: dict, loss: Callable) -> None:
         "The fast ways that are asked for and, tried on this batch, change nothing; one line in the log says which."
-        against = engine_obstacles(self.model, self.ref_model, inputs, loss, baseline=self.baseline_head)
+        against = engine_obstacles(model, self.ref_model, inputs, loss, baseline=self.baseline_head)
         why = {name: against[name] if getattr(self.args, name) else "switched off" for name in against}
         self.engine = {name: reason is None for name, reason in why.items()}
         says = "; ".join(name.replace("_", " ") + (" on" if reason is None else f" off ({reason})") for name, reason in why.items())
