@@ -34,6 +34,7 @@ def _variants() -> dict[str, tuple[str, dict]]:
     if pair_loss is None: return {}
     has = inspect.signature(pair_loss).parameters
     variants = {"own": ("tokpref {}", {}), "own-entropy": ("tokpref {}, with entropy to log", {"entropy": True}),
+                "own-lean": ("tokpref {}, 32 MiB for scores", {"workspace": 32 * 2**20}),
                 "own-recompute": ("tokpref {}, recomputed in backward", {"one_pass": False}),
                 "own-unshared": ("tokpref {}, each prompt twice, padded", {"shared_prompt": False})}
     return {name: (label, switches) for name, (label, switches) in variants.items() if set(switches) <= set(has)}
