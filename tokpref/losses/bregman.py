@@ -10,12 +10,10 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-# %% ../../nbs/derivations/06_bregman.ipynb #1609f960
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# %% ../../nbs/derivations/06_bregman.ipynb #79ca3b74
 from .types import LOSSES, LossSpec, PairLoss, TokenStats, check_positive, check_same_batch, check_unused, nearest
 
 # %% ../../nbs/derivations/06_bregman.ipynb #76ee0f79
