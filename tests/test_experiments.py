@@ -10,7 +10,7 @@ import torch
 
 from tokpref.evaluation import estimate, sample, sample_kl
 from tokpref.experiments import compare as harness
-from tokpref.experiments import sentiment, toy
+from tokpref.experiments import scratch, sentiment, toy
 from tokpref.experiments.compare import (TASKS, VARIANTS, LossRun, RunConfig, compare, comparison_figure, comparison_table, find_task,
                                          resolve_losses, summarise)
 from tokpref.losses import LOSSES
@@ -158,14 +158,14 @@ def test_sentiment_smoke_end_to_end(tmp_path, monkeypatch):
 
 
 def test_a_stage_that_stopped_half_way_is_made_again(tmp_path):
-    config = find_task("sentiment").configure("smoke")[1]
+    stages = scratch.Stages(find_task("sentiment").configure("smoke")[1], tmp_path, {"tokenizer": ("vocab_size",)})
 
     def stops(folder):
         (folder / "half").write_text("x")
         raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt): sentiment.run_stage("tokenizer", config, tmp_path, False, stops)
-    place = sentiment.run_stage("tokenizer", config, tmp_path, False, lambda folder: (folder / "whole").write_text("y") and "done")
+    with pytest.raises(KeyboardInterrupt): stages.run("tokenizer", stops)
+    place = stages.run("tokenizer", lambda folder: (folder / "whole").write_text("y") and "done")
     assert [path.name for path in place.iterdir()] == ["whole"] and [path.name for path in tmp_path.iterdir()] == [place.name]
 
 
