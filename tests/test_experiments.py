@@ -39,7 +39,7 @@ def test_the_first_profile_of_the_toy_is_the_demo():
 def test_record_is_complete_and_private(tmp_path):
     record = run_toy(tmp_path, seeds=(0, 1), losses=("dpo",))
     assert json.loads((tmp_path / "comparison.json").read_text()) == json.loads(json.dumps(record))
-    assert set(record) == {"task", "profile", "description", "config", "seeds", "versions", "hardware", "problem", "start", "optimum", "runs"}
+    assert set(record) == {"task", "profile", "description", "config", "seeds", "versions", "hardware", "problem", "start", "value", "optimum", "runs"}
     assert {"torch", "transformers", "tokpref", "python"} <= set(record["versions"]) and {"cpu", "gpu", "threads"} <= set(record["hardware"])
     for run in record["runs"]:
         assert [point["step"] for point in run["history"]] == [0, 2, 3]

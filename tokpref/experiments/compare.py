@@ -111,9 +111,13 @@ class Problem:
     policy: torch.nn.Module     # the start of every run, and the reference; never changed
     train: Dataset              # pairs: prompt, chosen, rejected as text, or prepared rows with prompt_ids, chosen_ids, rejected_ids
     eval: Dataset               # held-out pairs, in the same form
-    evaluate: Callable[[torch.nn.Module], dict[str, float]]     # any policy -> its metrics; "reward" and "kl" (nats) are among them
+    evaluate: Callable[[torch.nn.Module], dict[str, float]]     # any policy -> its metrics; `value` and "kl" (nats) are among them
     optimum: list = field(default_factory=list)     # (kl, reward) of the best policies, exact or estimated; may be empty
     info: dict = field(default_factory=dict)        # what preparation measured
+    value: str = "reward"                           # the metric that is set against KL; "accuracy" where no reward is known
+    final: Callable[[torch.nn.Module], dict[str, float]] | None = None      # more metrics, of the trained policy only
+    adapter: object = None                          # a PEFT configuration: a fresh adapter a run, and its absence is the reference
+    arguments: dict = field(default_factory=dict)   # more fields of PreferenceConfig: precision, accumulation, checkpointing
 
 
 @dataclass(frozen=True)
@@ -160,8 +164,8 @@ def find_task(name: str) -> Task:
 class PathCallback(TrainerCallback):
     "Measures the policy every `every` steps and at the end; `history` holds one dict a point, `seconds` what measuring took."
 
-    def __init__(self, evaluate: Callable, every: int, start: dict, bar: tqdm | None = None):
-        self.evaluate, self.every, self.bar = evaluate, every, bar
+    def __init__(self, evaluate: Callable, every: int, start: dict, bar: tqdm | None = None, value: str = "reward"):
+        self.evaluate, self.every, self.bar, self.value = evaluate, every, bar, value
         self.history, self.seconds = [{"step": 0, **start}], 0.0
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
@@ -176,7 +180,7 @@ class PathCallback(TrainerCallback):
         with torch.random.fork_rng(): metrics = self.evaluate(model.eval())
         model.train(training)
         self.history.append({"step": step, **metrics})
-        if self.bar is not None: self.bar.set_postfix_str(f"reward {metrics['reward']:.3f}, KL {metrics['kl']:.2f}")
+        if self.bar is not None: self.bar.set_postfix_str(f"{self.value} {metrics[self.value]:.3f}, KL {metrics['kl']:.2f}")
         self.seconds += time.perf_counter() - began
 
 # %% ../../nbs/experiments/30_compare.ipynb #5607fa5b
@@ -196,14 +200,14 @@ def _peak_mb() -> float | None:
     return round(int(line.split()[1]) * 1024 / 1e6, 1)
 
 # %% ../../nbs/experiments/30_compare.ipynb #d5696064
-def _arguments(config: RunConfig, run: LossRun, seed: int, folder: Path) -> PreferenceConfig:
-    "The trainer's arguments for one run."
-    return PreferenceConfig(
+def _arguments(config: RunConfig, run: LossRun, seed: int, folder: Path, more: dict) -> PreferenceConfig:
+    "The trainer's arguments for one run; `more` wins."
+    return PreferenceConfig(**dict(
         output_dir=str(folder), loss=run.loss, beta=run.beta, loss_options=dict(run.options), max_length=config.max_length,
         learning_rate=run.learning_rate, max_steps=config.steps, per_device_train_batch_size=config.batch_size,
         warmup_steps=config.warmup_steps, lr_scheduler_type=config.schedule, optim=config.optimizer,
         max_grad_norm=config.max_grad_norm, logging_steps=config.eval_steps, save_strategy="no", eval_strategy="no", report_to=[],
-        disable_tqdm=True, seed=seed, dataloader_pin_memory=torch.cuda.is_available())
+        disable_tqdm=True, seed=seed, dataloader_pin_memory=torch.cuda.is_available()) | more)
 
 
 def _prepared(rows: Dataset, tokenizer, config: RunConfig, name: str) -> Dataset:
@@ -232,17 +236,19 @@ def train_one(
 ) -> dict:                      # metrics, history, log, seconds, evaluation_seconds, peak_mb
     "Train a copy of the problem's policy with one loss and measure it on the way and at the end."
     _reset_peak()
-    trainer = PreferenceTrainer(model=copy.deepcopy(problem.policy), args=_arguments(config, run, seed, folder), ref_model=reference,
-                                train_dataset=problem.train, processing_class=problem.tokenizer)
-    path = PathCallback(problem.evaluate, config.eval_steps, start, bar)
+    reference = None if problem.adapter is not None else reference
+    trainer = PreferenceTrainer(model=copy.deepcopy(problem.policy), args=_arguments(config, run, seed, folder, problem.arguments),
+                                ref_model=reference, train_dataset=problem.train, processing_class=problem.tokenizer, peft_config=problem.adapter)
+    path = PathCallback(problem.evaluate, config.eval_steps, start, bar, problem.value)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(path)
     began = time.perf_counter()
     trainer.train()
     seconds, peak = time.perf_counter() - began - path.seconds, _peak_mb()
-    held_out = held_out_metrics(trainer.model, reference, problem)
+    more = held_out_metrics(trainer.model, reference, problem) if "accuracy" not in start else {}
+    if problem.final is not None: more |= problem.final(trainer.model)
     entries = [{k: v for k, v in entry.items() if isinstance(v, (int, float))} for entry in trainer.state.log_history[:-1]]
-    return {"metrics": {**path.history[-1], **held_out}, "history": path.history, "log": entries, "seconds": round(seconds, 2),
+    return {"metrics": {**path.history[-1], **more}, "history": path.history, "log": entries, "seconds": round(seconds, 2),
             "evaluation_seconds": round(path.seconds, 2), "peak_mb": peak}
 
 # %% ../../nbs/experiments/30_compare.ipynb #2cea001d
@@ -361,7 +367,7 @@ def compare(
     shared = _Comparison(found, config, problem, folder, reference, problem.evaluate(reference))
     results = _run_all(shared, runs, seeds, progress)
     record = {"task": task, "profile": profile, "description": found.description, "config": asdict(config), "seeds": list(seeds),
-              "versions": versions(), "hardware": hardware(), "problem": problem.info, "start": shared.start,
+              "versions": versions(), "hardware": hardware(), "problem": problem.info, "start": shared.start, "value": problem.value,
               "optimum": [list(point) for point in problem.optimum], "runs": results}
     write_json(folder / "comparison.json", record)
     return record
@@ -379,6 +385,7 @@ def optimal_reward(
 
 def _share(record: dict, metrics: dict) -> float | None:
     "Gain in reward over the largest possible gain at the same KL."
+    if not record["optimum"]: return None
     start = record["start"]["reward"]
     best = optimal_reward([(0.0, start), *record["optimum"]], max(metrics["kl"], 0.0))
     return None if best is None or best - start < 1e-6 else (metrics["reward"] - start) / (best - start)
@@ -393,55 +400,67 @@ def _mean(values: list) -> float | None:
     return float(np.mean(values)) if values and all(v is not None for v in values) else None
 
 
+def _spread(values: list) -> float | None:
+    "The standard deviation over seeds, or None with fewer than two."
+    return float(np.std(values, ddof=1)) if len(values) > 1 and all(v is not None for v in values) else None
+
+
 def summarise(
     record: dict,       # what `compare` returns
-) -> list[dict]:        # one dict a loss: label, seeds, reward, reward_sd, kl, share, accuracy, entropy, seconds, peak_mb, error
+    columns: Sequence[tuple[str, str, str]] = _COLUMNS,     # (title, name of a metric, format)
+) -> list[dict]:        # one dict a loss: label, seeds, error, and of every metric its mean and, as <name>_sd, its spread
     "One line a loss, averaged over its seeds."
     lines = []
     for label in dict.fromkeys(run["label"] for run in record["runs"]):
         done = [run for run in record["runs"] if run["label"] == label and "error" not in run]
         rows = [{**run["metrics"], "share": _share(record, run["metrics"]), "seconds": run["seconds"], "peak_mb": run["peak_mb"]} for run in done]
-        line = {"label": label, "seeds": len(done), **{key: _mean([row.get(key) for row in rows]) for _, key, _ in _COLUMNS}}
-        line["reward_sd"] = float(np.std([row["reward"] for row in rows], ddof=1)) if len(rows) > 1 else None
+        line = {"label": label, "seeds": len(done)}
+        for _, key, _ in columns: line |= {key: _mean([row.get(key) for row in rows]), f"{key}_sd": _spread([row.get(key) for row in rows])}
         line["error"] = next((run["error"] for run in record["runs"] if run["label"] == label and "error" in run), None)
         lines.append(line)
     return lines
 
 # %% ../../nbs/experiments/30_compare.ipynb #4232b9a5
-def _cell(line: dict, key: str, form: str) -> str:
-    "One cell of the table; a dash where there is no number."
+def _cell(line: dict, key: str, form: str, value: str) -> str:
+    "One cell of the table; a dash where there is no number, and the spread beside the value that the task is after."
     if line.get(key) is None: return "–"
-    spread = f" ±{line['reward_sd']:{form}}" if key == "reward" and line.get("reward_sd") is not None else ""
+    spread = f" ±{line[f'{key}_sd']:{form}}" if key == value and line.get(f"{key}_sd") is not None else ""
     return f"{line[key]:{form}}{spread}"
 
 
 def comparison_table(
     record: dict,   # what `compare` returns
+    columns: Sequence[tuple[str, str, str]] = _COLUMNS,     # (title, name of a metric, format); one without any number is left out
 ) -> str:           # lines of equal columns
     "The comparison as plain text, the start in the first line."
-    start = {"label": "start", **{k: v for k, v in record["start"].items() if k in ("reward", "kl", "entropy")}}
-    lines = [start, *summarise(record)]
-    columns = [c for c in _COLUMNS if any(line.get(c[1]) is not None for line in lines)]
+    value, lines = record.get("value", "reward"), [{**record["start"], "label": "start"}, *summarise(record, columns)]
+    columns = [c for c in columns if any(line.get(c[1]) is not None for line in lines)]
     rows = [["loss", *[title for title, _, _ in columns]]]
-    rows += [[line["label"], *[_cell(line, key, form) for _, key, form in columns]] for line in lines]
+    rows += [[line["label"], *[_cell(line, key, form, value) for _, key, form in columns]] for line in lines]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     text = ["  ".join([row[0].ljust(widths[0]), *[cell.rjust(w) for cell, w in zip(row[1:], widths[1:])]]) for row in rows]
     text.insert(1, "─" * len(text[0]))
     return "\n".join([*text, *[f"{line['label']}: {line['error']}" for line in lines if line.get("error")]])
 
 # %% ../../nbs/experiments/30_compare.ipynb #8e3a6392
+_LABELS = {"reward": "expected reward", "accuracy": "accuracy on held-out pairs", "entropy": "entropy, nats a token"}
+
+
 def comparison_figure(
     record: dict,               # what `compare` returns
     seed: int | None = None,    # whose paths; None: the first
     metric: str = "accuracy",   # what the right panel shows
 ):                              # a matplotlib Figure
-    "Paths in the plane of reward and KL, and one final number a loss. Raises `ValueError` if no run was finished."
+    "Paths in the plane of the task's value and KL, and one final number a loss. Raises `ValueError` if no run was finished."
+    value = record.get("value", "reward")
     seed = record["seeds"][0] if seed is None else seed
     done = [run for run in record["runs"] if run["seed"] == seed and "error" not in run]
-    points = [{"loss": run["label"], **point} for run in done for point in [*run["history"][:-1], run["metrics"]]]
+    points = [{"loss": run["label"], **point, "reward": point[value]} for run in done for point in [*run["history"][:-1], run["metrics"]]]
     best = [(0.0, record["start"]["reward"]), *[tuple(point) for point in record["optimum"]]] if record["optimum"] else None
     right = 1.1 * max((point["kl"] for point in points), default=0.0)
     cut = optimal_reward(best, right) if best else None
     visible = best and [*(point for point in best if point[0] < right), *([(right, cut)] if cut is not None else [])]
     title = f"{record['task']} ({record['profile']}): {record['description']}"
-    return compare_figure(points, visible, metric=metric, label="accuracy on held-out pairs" if metric == "accuracy" else metric, title=title)
+    figure = compare_figure(points, visible, metric=metric, label=_LABELS.get(metric, metric), title=title)
+    figure.axes[0].set_ylabel(_LABELS.get(value, value))
+    return figure
