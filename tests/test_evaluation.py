@@ -1,6 +1,5 @@
 """Evaluation against exact sums, against other programs, and against the other modules' idea of the same number."""
 import itertools
-import json
 import math
 
 import matplotlib.pyplot as plt
@@ -348,22 +347,31 @@ def test_distinct_n():
 # Judges
 
 def test_a_judge_that_looks_at_the_order_decides_nothing():
-    result = ev.win_rate(["x"] * 4, ["y"] * 4, ["p"] * 4, lambda prompt, a, b: 1, progress=False)
-    assert result.rate.value == 0.5 and result.consistent == 0 and result.scores == [0.5] * 4
+    result = ev.win_rate(["x"] * 4, ["y"] * 4, ["p"] * 4, lambda prompts, first, second: [1] * len(prompts))
+    assert result.rate.value == 0.5 and result.consistent == 0 and result.scores == [0.5] * 4 and result.first.value == 1
 
 
 def test_win_rate_of_a_fair_judge():
-    longer = lambda prompt, a, b: 0.5 if len(a) == len(b) else float(len(a) > len(b))
-    result = ev.win_rate(["aaa", "a", "aa", "aaaa"], ["b", "bbb", "bb", "b"], list("pqrs"), longer, progress=False)
-    assert result.scores == [1.0, 0.0, 0.5, 1.0] and result.consistent == 1.0 and result.rate.n == 4
-    assert result.rate.se == pytest.approx(torch.tensor(result.scores).double().std().item() / 2)
+    longer = lambda prompts, first, second: [0.5 if len(a) == len(b) else float(len(a) > len(b)) for a, b in zip(first, second)]
+    result = ev.win_rate(["aaa", "a", "aa", "aaaa"], ["b", "bbb", "bb", "b"], list("pqrs"), longer)
+    assert result.scores == [1.0, 0.0, 0.5, 1.0] and result.consistent == 1.0 and result.rate.n == 4 and result.unread == 0
+    assert result.rate.se == pytest.approx(torch.tensor(result.scores).double().std().item() / 2) and result.first.value == 0.5
+
+
+def test_a_pair_without_a_readable_answer_in_one_order_is_left_out():
+    said = [1, None, 0.8, 0, 1, 0.4]      # p, q, r with the candidate first, then with the reference first
+    result = ev.win_rate(list("abc"), list("xyz"), list("pqr"), lambda prompts, first, second: said)
+    assert result.unread == 1 and result.rate.n == 2 and result.rate.value == pytest.approx((1 + 0.7) / 2) and result.consistent == 1
+    assert math.isnan(result.scores[1]) and result.first.value == pytest.approx((0.5 + 0.6) / 2)
+    assert ev.length_controlled(result.scores, [0.0, 5.0, 0.0], ridge=1e-9) == pytest.approx(result.rate.value, abs=1e-6)
 
 
 @pytest.mark.parametrize("candidates, references, judge, message", [
-    ([], [], lambda *_: 1, "not empty"), (["a"], ["b", "c"], lambda *_: 1, "one length"), (["a"], ["b"], lambda *_: "A", "judge said 'A'"),
-    (["a"], ["b"], lambda *_: 0.7, "judge said 0.7")])
+    ([], [], None, "not empty"), (["a"], ["b", "c"], None, "one length"), (["a"], ["b"], lambda *_: ["A", 1], "judge said 'A'"),
+    (["a"], ["b"], lambda *_: [1.7, 0], "judge said 1.7"), (["a"], ["b"], lambda *_: [1], "1 verdicts for 2"),
+    (["a"], ["b"], lambda *_: [None, 1], "no readable answer")])
 def test_win_rate_refuses(candidates, references, judge, message):
-    with pytest.raises(ValueError, match=message): ev.win_rate(candidates, references, ["p"] * len(candidates), judge, progress=False)
+    with pytest.raises(ValueError, match=message): ev.win_rate(candidates, references, ["p"] * len(candidates), judge)
 
 
 def test_length_control_finds_the_rate_at_equal_lengths():
@@ -372,23 +380,6 @@ def test_length_control_finds_the_rate_at_equal_lengths():
     assert ev.length_controlled(torch.sigmoid(odds).tolist(), d.tolist(), ridge=0) == pytest.approx(torch.sigmoid(torch.tensor(0.8)).item(), abs=1e-6)
     assert ev.length_controlled([1.0, 1.0, 0.0], [0.0, 0.0, 0.0], ridge=1e-9) == pytest.approx(2 / 3, abs=1e-6)
     with pytest.raises(ValueError): ev.length_controlled([1.0], [2.0])
-
-
-def test_the_judge_cache_survives_a_crash_and_keeps_judges_apart(tmp_path, caplog):
-    path, calls = tmp_path / "new" / "verdicts.jsonl", []
-    def judge(prompt, a, b):
-        calls.append((prompt, a, b))
-        return 1
-    first = ev.JudgeCache(judge, path, name="one")
-    assert (first("p", "a", "b"), first("p", "b", "a"), first("p", "a", "b")) == (1, 1, 1) and len(calls) == 2
-    assert [json.loads(line)["a"] for line in path.read_text().splitlines()] == ["a", "b"]
-    with path.open("a") as file: file.write('{"judge": "one", "prompt": "p", "a": "c", "b"')      # cut off while writing
-    again = ev.JudgeCache(judge, path, name="one")
-    assert "broken line" in caplog.text and again("p", "a", "b") == 1 and len(calls) == 2
-    again([{"role": "user", "content": "ü"}], "a", "b")
-    assert ev.JudgeCache(None, path, name="one")([{"role": "user", "content": "ü"}], "a", "b") == 1
-    with pytest.raises(KeyError, match="no verdict of 'two'"): ev.JudgeCache(None, path, name="two")("p", "a", "b")
-    with pytest.raises(ValueError, match="judge said"): ev.JudgeCache(lambda *_: None, path)("p", "new", "b")
 
 
 # Figures

@@ -6,19 +6,16 @@
 __all__ = ['Samples', 'encode_prompt', 'sample', 'sample_kl', 'Estimate', 'estimate', 'score_samples', 'expected_reward',
            'reward_kl_point', 'frontier', 'reward_kl_frontier', 'reward_at', 'boltzmann_frontier', 'best_of_n',
            'preference_table', 'preference_metrics', 'predictive_entropy', 'distinct_n', 'bleu', 'self_bleu',
-           'diversity', 'WinRate', 'win_rate', 'length_controlled', 'JudgeCache']
+           'diversity', 'WinRate', 'win_rate', 'length_controlled']
 
 # %% ../nbs/library/23_evaluation.ipynb #d9219f02
 import contextlib
-import hashlib
-import json
 import logging
 import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 # %% ../nbs/library/23_evaluation.ipynb #2f8d1f9a
@@ -502,42 +499,50 @@ def diversity(samples: Samples) -> dict[str, float]:
     values["self_bleu"] = [self_bleu(group) for group in groups if len(group) > 1]
     return {name: sum(found) / len(found) for name, found in values.items() if found}
 
-# %% ../nbs/library/23_evaluation.ipynb #42dcb544
+# %% ../nbs/library/23_evaluation.ipynb #3715fae1
 @dataclass
 class WinRate:
     "What a judge said of candidates against references."
 
     rate: Estimate          # mean score, 1 for a win, 0.5 for a tie; in shares, with its standard error over prompts
-    scores: list[float]     # [N] mean of the two orders
-    consistent: float       # share of prompts with the same verdict in both orders
+    scores: list[float]     # [N] mean of the two orders; nan where the judge gave no readable answer
+    first: Estimate         # mean verdict for the response shown first, over both orders: 0.5 without position bias
+    consistent: float       # share of prompts whose two orders have the same winner
+    unread: int             # prompts without a readable answer, left out of all the above
 
-    def __str__(self) -> str: return f"{self.rate} (n={self.rate.n}, same verdict in both orders: {self.consistent:.0%})"
+    def __str__(self) -> str: return f"{self.rate} (n={self.rate.n}, same winner in both orders: {self.consistent:.0%})"
 
-# %% ../nbs/library/23_evaluation.ipynb #1379f1a7
-def _verdict(judge: Callable, prompt, a: str, b: str) -> float:
-    "The judge's word on one order, checked."
-    verdict = judge(prompt, a, b)
-    if verdict not in (0, 0.5, 1): raise ValueError(f"the judge said {verdict!r}: it must say 1 (first is better), 0 (second) or 0.5 (tie)")
-    return float(verdict)
+# %% ../nbs/library/23_evaluation.ipynb #90e30616
+def _verdicts(judge: Callable, prompts: Sequence, first: Sequence[str], second: Sequence[str]) -> Tensor:
+    "[N] the judge's words, checked; nan where there is none."
+    found = judge(prompts, first, second)
+    if len(found) != len(prompts): raise ValueError(f"the judge gave {len(found)} verdicts for {len(prompts)} pairs")
+    for verdict in found:
+        if verdict is not None and not (isinstance(verdict, (int, float)) and 0 <= verdict <= 1):
+            raise ValueError(f"the judge said {verdict!r}: it must say 1 (first is better), 0 (second), something between, or None")
+    return torch.tensor([math.nan if verdict is None else verdict for verdict in found], dtype=torch.float64)
 
 
 def win_rate(
     candidates: Sequence[str],      # [N] responses of the policy
     references: Sequence[str],      # [N] responses to beat
     prompts: Sequence,              # [N]
-    judge: Callable,                # (prompt, a, b) -> 1 if a is better, 0 if b is, 0.5 for a tie
-    progress: bool = True,          # show a bar
+    judge: Callable,                # (prompts, first, second) -> [N] 1 if the first is better, 0 if the second is, or between; None: no answer
 ) -> WinRate:
     """How often a judge prefers the candidate (2305.18290, section 6), both orders asked, (j(c, r) + 1 − j(r, c))/2 a prompt.
 
-    Raises `ValueError` for empty lists, lists of different lengths, and a verdict that is none.
+    The judge is called once, with both orders of all pairs. Raises `ValueError` for empty lists, lists of different lengths, a verdict
+    that is none, and a judge without a single readable answer.
     """
     sizes = len(candidates), len(references), len(prompts)
     if len(set(sizes)) > 1 or not sizes[0]: raise ValueError(f"win_rate: needs lists of one length, not empty; got lengths {sizes}")
-    both = [(_verdict(judge, x, c, r), 1 - _verdict(judge, x, r, c))
-            for x, c, r in tqdm(list(zip(prompts, candidates, references)), desc="judging", leave=False, disable=not progress)]
-    scores = [(first + second) / 2 for first, second in both]
-    return WinRate(estimate(torch.tensor(scores, dtype=torch.float64)), scores, sum(a == b for a, b in both) / len(both))
+    said = _verdicts(judge, [*prompts, *prompts], [*candidates, *references], [*references, *candidates])
+    there, back = said.chunk(2)
+    scores, first = (there + 1 - back) / 2, (there + back) / 2
+    read = ~scores.isnan()
+    if not read.any(): raise ValueError(f"win_rate: the judge gave no readable answer to any of {len(scores)} pairs")
+    same = (there - 0.5).sign() == (0.5 - back).sign()
+    return WinRate(estimate(scores[read]), scores.tolist(), estimate(first[read]), float(same[read].double().mean()), int((~read).sum()))
 
 # %% ../nbs/library/23_evaluation.ipynb #fd3f7ba9
 def length_controlled(
@@ -547,11 +552,12 @@ def length_controlled(
 ) -> float:                         # a share
     """Win rate at equal lengths, σ(θ) of the logistic fit P = σ(θ + φ tanh(d/sd)) by Newton's method (after arXiv 2404.04475).
 
-    Where all candidates are longer than their references nothing shows what equal lengths would do: the number is then a guess.
-    Raises `ValueError` for lists of different lengths or fewer than two pairs.
+    Pairs whose score is nan are left out. Where all candidates are longer than their references nothing shows what equal lengths would
+    do: the number is then a guess. Raises `ValueError` for lists of different lengths or fewer than two pairs.
     """
     y, d = torch.tensor(scores, dtype=torch.float64), torch.tensor(differences, dtype=torch.float64)
     if y.shape != d.shape or len(y) < 2: raise ValueError(f"length_controlled: needs two or more pairs, got {len(y)} scores and {len(d)} differences")
+    y, d = y[~y.isnan()], d[~y.isnan()]
     X = torch.stack([torch.ones_like(d), torch.tanh(d / d.square().mean().sqrt().clamp(min=1e-12))], -1)
     theta = torch.zeros(2, dtype=torch.float64)
     for _ in range(100):
@@ -561,42 +567,3 @@ def length_controlled(
         theta = theta - torch.linalg.solve(hessian, gradient)
         if gradient.abs().max() < 1e-12: break
     return float(torch.sigmoid(theta[0]))
-
-# %% ../nbs/library/23_evaluation.ipynb #90e30616
-class JudgeCache:
-    """A judge that asks another one once for each (prompt, a, b), and remembers the verdicts in a JSON-lines file.
-
-    With `judge=None` it only answers from the file, and raises `KeyError` for a pair that is not in it.
-    """
-
-    def __init__(
-        self,
-        judge: Callable | None,     # (prompt, a, b) -> 1, 0 or 0.5; None: answer from the record only
-        path: str | Path,           # of the file; made if it is not there
-        name: str = "judge",        # which judge this is: model, version, prompt
-    ):
-        self.judge, self.path, self.name = judge, Path(path), name
-        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
-        self.verdicts = dict(filter(None, map(self._read, lines)))
-
-    def __call__(self, prompt, a: str, b: str) -> float:
-        key = self._key(self.name, prompt, a, b)
-        if key not in self.verdicts:
-            if self.judge is None: raise KeyError(f"no verdict of {self.name!r} recorded in {self.path.name} for prompt {str(prompt)[:60]!r}")
-            self.verdicts[key] = _verdict(self.judge, prompt, a, b)
-            self._write({"judge": self.name, "prompt": prompt, "a": a, "b": b, "verdict": self.verdicts[key]})
-        return self.verdicts[key]
-
-    @staticmethod
-    def _key(*question) -> str: return hashlib.sha256(json.dumps(question).encode()).hexdigest()
-
-    def _read(self, line: str) -> tuple[str, float] | None:
-        "Key and verdict of a line; None for one that was cut off while it was written."
-        try: entry = json.loads(line)
-        except json.JSONDecodeError: return _log.warning("%s: a broken line is skipped", self.path.name)
-        return self._key(*(entry[k] for k in ("judge", "prompt", "a", "b"))), entry["verdict"]
-
-    def _write(self, entry: dict) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        cut = self.path.exists() and self.path.stat().st_size and self.path.read_bytes()[-1:] != b"\n"
-        with self.path.open("a", encoding="utf-8") as file: file.write("\n" * bool(cut) + json.dumps(entry, ensure_ascii=False) + "\n")
