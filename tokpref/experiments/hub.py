@@ -31,6 +31,7 @@ from ..data import PreferenceCollator, load_preferences, prepare
 from ..evaluation import Samples, diversity, estimate, length_controlled, predictive_entropy, preference_table, sample, sample_kl, win_rate
 from .compare import Problem, write_json
 from .scratch import ScratchConfig, Stages, fastest_device, fresh_model, held_out_loss, train_lm, train_tokenizer
+from ..trainer import disable_dropout
 
 # %% ../../nbs/experiments/33_hub_models.ipynb #b863b892
 _log = logging.getLogger(__name__)
@@ -122,6 +123,7 @@ def sft(model: nn.Module, tokenizer, rows: Dataset, config: SFTConfig, folder: s
         if config.gradient_checkpointing: model.enable_input_require_grads()
         model = get_peft_model(model, lora(config.lora_rank))
     trainer = Trainer(model, _sft_arguments(config, folder, precision, progress), DataCollatorForSeq2Seq(tokenizer), rows, processing_class=tokenizer)
+    disable_dropout(model)
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if Path(folder).is_dir() else None)
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)

@@ -1,0 +1,216 @@
+"""A model by name, LoRA, fine-tuning, pairs and measures: the pieces of the experiments on open models, with tiny random models in folders for hub ids."""
+import importlib.util
+import json
+import os
+import sys
+import types
+from dataclasses import replace
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import get_peft_model
+
+from tokpref.data import prepare
+from tokpref.experiments import hub
+from tokpref.experiments.compare import TASKS, Task, compare, comparison_figure, comparison_table
+from tokpref.experiments.hub import (HubConfig, PairMeasure, SFTConfig, hold_out, length_baseline, load_model, load_pairs, load_tokenizer, lora, made_up_pairs,
+                                     pair_accuracies, pick_precision, prepare_pairs, run_suites, sft, sft_rows)
+
+QUICK = HubConfig(test_split="", eval_pairs=24, train_pairs=48, max_length=100, max_prompt_length=50, max_new_tokens=6, prompts=6, eval_batch=16, precision="float32",
+                  losses=("dpo", "tdpo2"), steps=3, eval_steps=2, batch_size=8, learning_rate=1e-3)
+
+
+@pytest.fixture
+def named(tmp_path, model, tokenizer):
+    "A folder that stands for a hub id."
+    place = tmp_path / "model"
+    model.save_pretrained(place), tokenizer.save_pretrained(place)
+    return str(place)
+
+
+@pytest.fixture
+def task():
+    "A task whose configuration is given as overrides, and that is gone afterwards."
+    TASKS["pairs"] = Task("pairs", "made-up pairs", {"smoke": QUICK}, prepare_pairs)
+    yield "pairs"
+    del TASKS["pairs"]
+
+
+def weights(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def card(monkeypatch, bf16):
+    "Pretend that there is a GPU, with or without bfloat16 of its own; with emulation every card has it."
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: bf16 or including_emulation)
+
+
+def test_precision_follows_the_card(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert pick_precision() == (torch.float32, "no")
+    for name in ("bfloat16", "float16"):
+        with pytest.raises(ValueError, match="needs a GPU"): pick_precision(name)
+    card(monkeypatch, True)
+    assert pick_precision() == (torch.bfloat16, "bf16") and pick_precision("float16").arguments() == {"bf16": False, "fp16": True}
+    card(monkeypatch, False)
+    assert pick_precision() == (torch.float16, "fp16")
+
+
+def test_a_tokenizer_without_padding_pads_with_its_end(tmp_path, tokenizer):
+    bare = type(tokenizer)(tokenizer_object=tokenizer.backend_tokenizer, eos_token="<end>")
+    bare.save_pretrained(tmp_path)
+    assert load_tokenizer(str(tmp_path)).pad_token == "<end>"
+
+
+def test_weights_are_loaded_in_the_type_that_is_asked_for(named):
+    narrow = load_model(named, torch.bfloat16)
+    narrow.save_pretrained(named)       # from here on, "as saved" would be bfloat16
+    assert {p.dtype for p in load_model(named).parameters()} == {torch.float32} and narrow.dtype == torch.bfloat16
+    adapted = get_peft_model(narrow, lora(2))
+    assert {p.dtype for p in adapted.parameters() if p.requires_grad} == {torch.float32}
+    with pytest.raises(ValueError, match="at least 1"): lora(0)
+
+
+def test_fine_tuning_resumes_and_small_batches_change_nothing(named, tokenizer, tmp_path, monkeypatch):
+    pairs, _ = prepare(made_up_pairs(12, seed=0), tokenizer, max_length=110, examples=0)
+    rows, precision = sft_rows(pairs), pick_precision("float32")
+    config = SFTConfig(epochs=2, batch_size=4, learning_rate=1e-3, warmup_steps=1, optimizer="adamw_torch", save_steps=2)
+    tune = lambda name, **more: weights(sft(load_model(named), tokenizer, rows, replace(config, **more), tmp_path / name, precision))
+    whole = tune("whole")
+    torch.testing.assert_close(tune("small", micro_batch=2), whole, rtol=1e-3, atol=1e-5)
+    real, calls = hub.Trainer.training_step, []
+
+    def stops(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 4: raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(hub.Trainer, "training_step", stops)
+    with pytest.raises(KeyboardInterrupt): tune("stopped")
+    assert [p.name for p in (tmp_path / "stopped").glob("checkpoint-*")] == ["checkpoint-2"]
+    torch.testing.assert_close(tune("stopped"), whole, rtol=0, atol=0)
+    assert len(calls) < 4 + -(-len(rows) // 4) * 2, "it went on from the checkpoint"
+
+
+def test_only_responses_are_learnt_and_repeats_count_once(tokenizer):
+    pairs, _ = prepare([{"prompt": "a", "chosen": "b c", "rejected": "d"}, {"prompt": "a", "chosen": "b c", "rejected": "e"}], tokenizer, 32, examples=0)
+    (row,) = sft_rows(pairs)
+    assert [label for label in row["labels"] if label != -100] == pairs[0]["chosen_ids"] and row["labels"][0] == -100
+    assert len(sft_rows(pairs, "rejected")) == 2
+    with pytest.raises(ValueError, match="choose a divisor"): hub.accumulation(8, 3)
+
+
+def test_a_merged_adapter_is_a_plain_model(named, tokenizer, tmp_path):
+    pairs, _ = prepare(made_up_pairs(8, seed=0), tokenizer, max_length=110, examples=0)
+    config = SFTConfig(epochs=2, batch_size=4, learning_rate=1e-2, warmup_steps=0, optimizer="adamw_torch", lora_rank=2, gradient_checkpointing=True)
+    before, tuned = load_model(named), sft(load_model(named), tokenizer, sft_rows(pairs), config, tmp_path / "work", pick_precision("float32"))
+    assert not hasattr(tuned, "peft_config") and [n for n, _ in tuned.named_parameters()] == [n for n, _ in before.named_parameters()]
+    assert not torch.equal(weights(tuned), weights(before))
+
+
+def test_held_out_prompts_are_not_trained_on():
+    pairs = made_up_pairs(120, seed=1)
+    train, held = hold_out(pairs, 30, seed=0)
+    assert not set(train["prompt"]) & set(held["prompt"]) and len(train) + len(held) == 120 and len(held) >= 30
+    assert hold_out(pairs, 30, seed=1)[1]["prompt"] != held["prompt"]
+    with pytest.raises(ValueError, match="lower eval_pairs"): hold_out(pairs, 120, seed=0)
+
+
+def test_pairs_from_a_file_are_filtered_and_counted(tmp_path):
+    rows = [{"prompt": f"q{i}", "chosen": "a b c" if i % 4 else "a", "rejected": "d e"} for i in range(40)]
+    rows += [{"prompt": "long", "chosen": "x " * 30, "rejected": "y"}]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    config = replace(QUICK, source=str(tmp_path / "pairs.jsonl"), max_words=10, eval_pairs=8, train_pairs=0)
+    found = load_pairs(config)
+    assert found.info["too_long"] + (len(found.texts) - len(found.train) == 0) == 1 and len(found.eval) <= 8
+    assert set(found.train["chosen_words"]) == {1, 3} and found.info["train_longer_chosen"] == sum(n == 3 for n in found.train["chosen_words"]) / len(found.train)
+
+
+@pytest.mark.skipif(not os.environ.get("TOKPREF_DATA"), reason="TOKPREF_DATA is not set")
+def test_length_of_real_pairs():
+    "What the source says of its data, counted: the longer answer is chosen in 87 % of the pairs."
+    found = load_pairs(HubConfig(source="alpaca_eval-preferences", eval_pairs=0))
+    assert found.info["train_pairs"] == 8390 and found.info["eval_pairs"] == 1429
+    assert round(found.info["train_longer_chosen"], 2) == round(found.info["eval_longer_chosen"], 2) == 0.87
+    assert length_baseline(found.eval)["accuracy"] == pytest.approx(found.info["eval_longer_chosen"] + 0.001, abs=0.002)
+
+
+def test_accuracies_by_hand():
+    found = pair_accuracies(torch.tensor([1.0, -1.0, 2.0, 0.0]), [10, 10, 20, 100], [5, 20, 40, 105])
+    assert found["accuracy"] == 0.625 and found["accuracy_longer"] == 1 and found["accuracy_shorter"] == pytest.approx(1.5 / 3) and found["accuracy_matched"] == 0.5
+    assert "accuracy_matched" not in pair_accuracies(torch.ones(1), [1], [9])
+    with pytest.raises(ValueError, match="lengths"): pair_accuracies(torch.ones(2), [1], [1])
+
+
+def test_an_adapter_switched_off_is_the_reference(named, tokenizer):
+    pairs = made_up_pairs(10, seed=0)
+    ready, _ = prepare(pairs, tokenizer, max_length=110, examples=0)
+    for side in ("chosen", "rejected"): ready = ready.add_column(f"{side}_words", list(range(10)))
+    adapted = get_peft_model(load_model(named), lora(2))
+    for name, p in adapted.named_parameters():
+        if "lora_B" in name: torch.nn.init.normal_(p, std=0.3)
+    measures = [PairMeasure(tokenizer, reference, ready, ready["prompt_ids"][:4], QUICK) for reference in (None, load_model(named).eval())]
+    off, copy = (measure(adapted.eval()) for measure in measures)
+    assert off["kl"] > 0.01 and off == pytest.approx(copy, rel=1e-4)
+    assert measures[0](load_model(named).eval())["kl"] == pytest.approx(0, abs=1e-6)     # the start, before there is an adapter
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_comparison_on_a_named_model(task, named, tmp_path, rank, monkeypatch):
+    more = {"model": named, "lora_rank": rank, "micro_batch": 4, "gradient_checkpointing": bool(rank), "sft_epochs": 1.0, "sft_batch": 16, "sft_learning_rate": 1e-3,
+            "sft_warmup_steps": 0, "nucleus_samples": 2}
+    record = compare(task, out=tmp_path / "out", overrides=more, progress=False)
+    assert record["value"] == "accuracy" and record["start"]["accuracy"] == 0.5 and abs(record["start"]["kl"]) < 1e-6
+    for run in record["runs"]:
+        assert "error" not in run and run["metrics"]["kl"] > 0 and {"accuracy_shorter", "entropy", "self_bleu", "nucleus_entropy", "kl_chosen"} <= set(run["metrics"])
+        assert [point["step"] for point in run["history"]] == [0, 2, 3]
+    assert record["problem"]["longer is better"]["accuracy_longer"] == 1 and "accuracy" in comparison_table(record)
+    assert comparison_figure(record).axes[0].get_ylabel() == "accuracy on held-out pairs"
+    monkeypatch.setattr(hub, "sft", None)       # the stage is on disk: nothing may be tuned again
+    problem = prepare_pairs(replace(QUICK, **more), tmp_path / "out" / "prepared", progress=False)
+    assert not torch.equal(weights(problem.policy), weights(load_model(named))) and (problem.adapter is None) == (rank == 0)
+    assert not list((tmp_path / "out" / "prepared").glob("*.checkpoints"))
+
+
+def test_chat_messages_go_through_the_template(named, tmp_path):
+    tokenizer = load_tokenizer(named)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }} {% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    tokenizer.save_pretrained(named)
+    rows = [{"prompt": f"What is {i}?", "chosen": f"It is {i}.", "rejected": "No idea."} for i in range(20)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    problem = prepare_pairs(replace(QUICK, model=named, source=str(tmp_path / "pairs.jsonl"), as_messages=True, eval_pairs=5), tmp_path, progress=False)
+    assert tokenizer.decode(problem.train[0]["prompt_ids"]).replace(" ", "").endswith("assistant:") and problem.train["chosen_words"][0] == 3
+    with pytest.raises(ValueError, match="no chat template"):
+        prepare_pairs(replace(QUICK, source=str(tmp_path / "pairs.jsonl"), as_messages=True, eval_pairs=5), tmp_path, progress=False)
+
+
+def test_suites_say_what_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'lm_eval\[hf\]'"): run_suites(tmp_path)
+
+
+def test_suites_are_asked_for_one_by_one(tmp_path, monkeypatch):
+    "A recorder in place of the harness: what it is called with is what its documentation asks for."
+    asked = []
+
+    def simple_evaluate(**said):
+        asked.append(said)
+        return {"results": {said["tasks"][0]: {"alias": "x", "acc,none": 0.25, "acc_stderr,none": 0.01, "acc_norm,none": 0.5, "acc_norm_stderr,none": "N/A"}}}
+
+    module = types.ModuleType("lm_eval")
+    module.simple_evaluate = simple_evaluate
+    monkeypatch.setitem(sys.modules, "lm_eval", module)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "some/base"}), encoding="utf-8")
+    suites = {"winogrande": (5, "acc"), "hellaswag": (10, "acc_norm")}
+    assert run_suites(tmp_path, suites, limit=3) == {"winogrande": {"value": 0.25, "se": 0.01}, "hellaswag": {"value": 0.5}}
+    assert [(a["tasks"], a["num_fewshot"], a["model"], a["limit"]) for a in asked] == [(["winogrande"], 5, "hf", 3), (["hellaswag"], 10, "hf", 3)]
+    assert asked[0]["model_args"] == {"pretrained": "some/base", "peft": str(tmp_path)}
+    with pytest.raises(ValueError, match="name another metric"): run_suites(tmp_path, {"gsm8k": (5, "exact_match")})
+
+
+def test_one_dataset_of_made_up_pairs(tmp_path):
+    pairs = made_up_pairs(50, seed=3)
+    assert isinstance(pairs, Dataset) and pairs[:] == made_up_pairs(50, seed=3)[:] and all(a != b for a, b in zip(pairs["chosen"], pairs["rejected"]))
