@@ -311,7 +311,7 @@ def math_metrics(model, reference, tokenizer, problems: Sequence[WordProblem], c
             "greedy": float(reward(greedy.prompts, greedy.responses).mean()),
             "solved_any": sum(bool(found[group].any()) for group in samples.groups()) / len(problems), **breaks(samples, problems)}
 
-# %% ../../nbs/experiments/44_math.ipynb #e267f05b
+# %% ../../nbs/experiments/44_math.ipynb #7a063ca4
 _STAGES = {"tokenizer": ("data_seed", "lm_problems", "steps_told", "largest", "vocab_size"),
            "model": ("tokenizer", "context", "hidden_size", "layers", "heads", "lm_tokens", "lm_batch", "lm_learning_rate"),
            "samples": ("model", "train_problems", "completions", "eval_pair_problems", "response_tokens")}
@@ -341,7 +341,7 @@ def _make_samples(folder: Path, problems: dict[str, list[WordProblem]], tokenize
         said.append(f"{len(marked):,} samples, {sum(marked['right']) / len(marked):.1%} right")
     return "; ".join(said)
 
-
+# %% ../../nbs/experiments/44_math.ipynb #f098cc56
 def prepare_math(config: MathConfig, folder: Path, progress: bool = True) -> Problem:
     "Stories with sums as a `Problem`, every stage kept in `folder`."
     stages, problems = Stages(config, Path(folder), _STAGES, progress), split_problems(config)
@@ -358,7 +358,7 @@ def prepare_math(config: MathConfig, folder: Path, progress: bool = True) -> Pro
     evaluate = partial(math_metrics, reference=reference, tokenizer=tokenizer, problems=problems["eval"], config=config)
     return Problem(tokenizer, model, draw(0), solution_pairs(held_out, 1, 0), evaluate, [], info)
 
-
+# %% ../../nbs/experiments/44_math.ipynb #d493eb3b
 def _pair_numbers(pairs: Dataset, problems: Sequence[WordProblem]) -> dict:
     "What the pairs of one draw are like: how many, what is shared, and where the rejected ones break."
     checks = [check_solution(problems[row["problem"]], row["rejected"]) for row in pairs]
