@@ -32,11 +32,11 @@ from tqdm import tqdm
 from transformers import PrinterCallback, TrainerCallback
 from transformers.utils import logging as transformers_logging
 
+from .. import __version__
 from ..data import PreferenceCollator, prepare
 from ..evaluation import preference_metrics
 from ..losses import LOSSES
 from ..losses.types import nearest
-from ..plots import compare_figure
 from ..trainer import PreferenceConfig, PreferenceTrainer
 
 # %% ../../nbs/experiments/30_compare.ipynb #145b9432
@@ -274,8 +274,8 @@ def write_json(path: Path, value) -> None:
 # %% ../../nbs/experiments/30_compare.ipynb #cd0f63c9
 def versions() -> dict[str, str]:
     "Versions of what a number may depend on."
-    names = ("tokpref", "torch", "transformers", "tokenizers", "datasets", "accelerate", "numpy")
-    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in names}}
+    names = ("torch", "transformers", "tokenizers", "datasets", "accelerate", "numpy")
+    return {"python": platform.python_version(), "tokpref": __version__, **{name: importlib.metadata.version(name) for name in names}}
 
 
 def hardware() -> dict:
@@ -462,6 +462,7 @@ def comparison_figure(
     cut = optimal_reward(best, right) if best else None
     visible = best and [*(point for point in best if point[0] < right), *([(right, cut)] if cut is not None else [])]
     title = f"{record['task']} ({record['profile']}): {record['description']}"
+    from tokpref.plots import compare_figure     # here, so that a comparison runs where matplotlib is not installed
     figure = compare_figure(points, visible, metric=metric, label=_LABELS.get(metric, metric), title=title)
     figure.axes[0].set_ylabel(_LABELS.get(value, value))
     return figure
