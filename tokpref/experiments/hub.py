@@ -30,6 +30,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from ..data import PreferenceCollator, load_preferences, prepare
 from ..evaluation import Samples, diversity, estimate, length_controlled, predictive_entropy, preference_table, sample, sample_kl, win_rate
 from .compare import Problem, write_json
+from .judges import open_judge
 from .scratch import ScratchConfig, Stages, fastest_device, fresh_model, held_out_loss, train_lm, train_tokenizer
 from ..trainer import disable_dropout
 
@@ -225,20 +226,23 @@ def hold_out(pairs: Dataset, n: int, seed: int) -> tuple[Dataset, Dataset]:
 class PairData(NamedTuple):
     "Preference pairs as text or messages, with `chosen_words` and `rejected_words`."
 
-    train: Dataset
+    train: Dataset      # drawn anew, in a new order, for each seed
     eval: Dataset
+    sft: Dataset        # like `train`, drawn once for all seeds
     texts: Dataset      # every pair of the training prompts, those that are too long for `train` as well: what a model from scratch learns to write from
     info: dict          # counts, and what length alone would choose
 
 
-def load_pairs(config: HubConfig) -> PairData:
-    "The pairs of a task, drawn with `data_seed`. Errors as `tokpref.data.load_preferences`."
+def load_pairs(config: HubConfig, seed: int = 0) -> PairData:
+    "The pairs of a task. Held-out prompts are drawn with `data_seed`, the same for every seed. Errors as `tokpref.data.load_preferences`."
     if config.source == "made-up": whole, test = made_up_pairs(400, config.data_seed), None
     else: whole, test = (split and _read(config, split) for split in (config.train_split, config.test_split))
     train, test = (whole, test) if test else hold_out(whole, config.eval_pairs, config.data_seed)
-    parts = [_part(rows, n, config) for rows, n in ((train, config.train_pairs), (test, config.eval_pairs))]
-    info = {"train_pairs": len(parts[0]), "eval_pairs": len(parts[1]), "too_long": len(train) - len(_short(train, config.max_words))}
-    return PairData(*parts, train, info | {f"{name}_longer_chosen": _longer(rows) for name, rows in zip(("train", "eval"), parts)})
+    short, held = _short(train, config.max_words), _draw(_short(test, config.max_words), config.eval_pairs, f"{config.data_seed}")
+    drawn, tuning = (_draw(short, config.train_pairs, f"{config.data_seed}-{what}") for what in (seed, "sft"))
+    info = {"train_pairs": len(drawn), "eval_pairs": len(held), "too_long": len(train) - len(short), "train_longer_chosen": _longer(drawn),
+            "eval_longer_chosen": _longer(held)}
+    return PairData(drawn, held, tuning, train, info)
 
 
 def _read(config: HubConfig, split: str) -> Dataset:
@@ -254,10 +258,9 @@ def _short(rows: Dataset, most: int) -> Dataset:
     return rows
 
 
-def _part(rows: Dataset, n: int, config: HubConfig) -> Dataset:
-    "At most `n` rows that are short enough, in random order; 0 for all."
-    rows = _short(rows, config.max_words).shuffle(seed=config.data_seed)
-    return rows.select(range(min(n or len(rows), len(rows))))
+def _draw(rows: Dataset, n: int, seed: str) -> Dataset:
+    "At most `n` rows in random order; 0 for all."
+    return rows.select(random.Random(seed).sample(range(len(rows)), min(n or len(rows), len(rows))))
 
 
 def _longer(rows: Dataset) -> float:
@@ -426,7 +429,7 @@ def _tuned(config: HubConfig, model: nn.Module, tokenizer, train: Dataset, stage
     dtype, work = model.dtype, Path(stages.folder) / f"sft-{stages.key('sft')}.checkpoints"
 
     def make(place: Path) -> str:
-        rows = sft_rows(train)
+        rows = sft_rows(_prepared(train, tokenizer, config, "fine-tuning"))
         sft(model, tokenizer, rows, settings, work, precision, stages.progress).save_pretrained(place)
         return f"{config.sft_epochs:g} epochs over {len(rows):,} chosen responses"
 
@@ -453,17 +456,16 @@ def _first_of_each_prompt(rows: Dataset, n: int) -> Dataset:
 def _judge(config: HubConfig, folder: Path, progress: bool) -> Callable | None:
     "The judge that the configuration names, if it names one; its verdicts are kept in `folder`."
     if not config.judge: return None
-    from tokpref.experiments.judges import open_judge
     return open_judge(config.judge, folder / "verdicts", progress=progress)
 
 
-def prepare_pairs(config: HubConfig, folder: Path, progress: bool = True) -> Problem:
-    "A preference dataset and a model as a `Problem`: accuracy is set against KL. Every stage is kept in `folder`."
+def prepare_pairs(config: HubConfig, folder: Path, progress: bool = True, seed: int = 0) -> Problem:
+    "A preference dataset and a model as a `Problem`: accuracy is set against KL. Every stage is kept in `folder`; a seed draws the pairs to train on."
     precision, stages = pick_precision(config.precision), Stages(config, Path(folder), _STAGES, progress)
-    pairs = load_pairs(config)
+    pairs = load_pairs(config, seed)
     tokenizer, model, about = _base(config, pairs, stages, precision.frozen if config.lora_rank else torch.float32)
     train, held = (_prepared(rows, tokenizer, config, name) for name, rows in (("train", pairs.train), ("eval", pairs.eval)))
-    if config.sft_epochs: model = _tuned(config, model, tokenizer, train, stages, precision)
+    if config.sft_epochs: model = _tuned(config, model, tokenizer, pairs.sft, stages, precision)
     adapter = lora(config.lora_rank, config.lora_alpha) if config.lora_rank else None
     reference = None if adapter else copy.deepcopy(model).eval().requires_grad_(False)
     ask = _first_of_each_prompt(held, config.prompts)
