@@ -13,9 +13,9 @@ from peft import get_peft_model
 
 from tokpref.data import prepare
 from tokpref.experiments import hub
-from tokpref.experiments.compare import TASKS, Task, compare, comparison_figure, comparison_table
+from tokpref.experiments.compare import TASKS, Task, compare, comparison_figure, comparison_table, find_task, resolve_losses
 from tokpref.experiments.hub import (HubConfig, PairMeasure, SFTConfig, hold_out, length_baseline, load_model, load_pairs, load_tokenizer, lora, made_up_pairs,
-                                     pair_accuracies, pick_precision, prepare_pairs, run_suites, sft, sft_rows)
+                                     measured_runs, pair_accuracies, pair_table, pick_precision, prepare_pairs, run_suites, sft, sft_rows)
 
 QUICK = HubConfig(test_split="", eval_pairs=24, train_pairs=48, max_length=100, max_prompt_length=50, max_new_tokens=6, prompts=6, eval_batch=16, precision="float32",
                   losses=("dpo", "tdpo2"), steps=3, eval_steps=2, batch_size=8, learning_rate=1e-3)
@@ -160,13 +160,15 @@ def test_an_adapter_switched_off_is_the_reference(named, tokenizer):
 @pytest.mark.parametrize("rank", [0, 2])
 def test_a_comparison_on_a_named_model(task, named, tmp_path, rank, monkeypatch):
     more = {"model": named, "lora_rank": rank, "micro_batch": 4, "gradient_checkpointing": bool(rank), "sft_epochs": 1.0, "sft_batch": 16, "sft_learning_rate": 1e-3,
-            "sft_warmup_steps": 0, "nucleus_samples": 2}
+            "sft_warmup_steps": 0, "nucleus_samples": 2, "judge": "longer"}
     record = compare(task, out=tmp_path / "out", overrides=more, progress=False)
     assert record["value"] == "accuracy" and record["start"]["accuracy"] == 0.5 and abs(record["start"]["kl"]) < 1e-6
     for run in record["runs"]:
-        assert "error" not in run and run["metrics"]["kl"] > 0 and {"accuracy_shorter", "entropy", "self_bleu", "nucleus_entropy", "kl_chosen"} <= set(run["metrics"])
+        assert "error" not in run and run["metrics"]["kl"] > 0 and {"accuracy_shorter", "entropy", "self_bleu", "nucleus_entropy", "win_rate"} <= set(run["metrics"])
         assert [point["step"] for point in run["history"]] == [0, 2, 3]
     assert record["problem"]["longer is better"]["accuracy_longer"] == 1 and "accuracy" in comparison_table(record)
+    assert list((tmp_path / "out" / "prepared" / "verdicts").glob("*.jsonl")) and "wins" in pair_table(record).splitlines()[0]
+    assert [line.split()[0] for line in pair_table(record).splitlines()[2:]] == ["start", "longer", "dpo", "tdpo2"]
     assert comparison_figure(record).axes[0].get_ylabel() == "accuracy on held-out pairs"
     monkeypatch.setattr(hub, "sft", None)       # the stage is on disk: nothing may be tuned again
     problem = prepare_pairs(replace(QUICK, **more), tmp_path / "out" / "prepared", progress=False)
@@ -184,6 +186,30 @@ def test_chat_messages_go_through_the_template(named, tmp_path):
     assert tokenizer.decode(problem.train[0]["prompt_ids"]).replace(" ", "").endswith("assistant:") and problem.train["chosen_words"][0] == 3
     with pytest.raises(ValueError, match="no chat template"):
         prepare_pairs(replace(QUICK, source=str(tmp_path / "pairs.jsonl"), as_messages=True, eval_pairs=5), tmp_path, progress=False)
+
+
+def test_a_run_that_nobody_made_is_announced(tmp_path, capsys):
+    (tmp_path / "dialogue-nano.json").write_text('{"seeds": [0]}', encoding="utf-8")
+    assert measured_runs("dialogue", ("nano", "paper"), tmp_path) == {"nano": {"seeds": [0]}}
+    assert capsys.readouterr().out == "paper: no run yet. It is made with: tokpref compare --task dialogue --profile paper\n"
+
+
+@pytest.mark.parametrize("name", ["dialogue", "instructions"])
+def test_every_profile_is_sound(name):
+    "Losses, steps and batches of every profile fit together; the first one is the one that needs neither network nor card."
+    profiles = find_task(name).profiles
+    assert list(profiles) == ["nano", "smoke", "colab", "paper"] and profiles["nano"].model == profiles["smoke"].model == "scratch"
+    for config in profiles.values():
+        assert set(resolve_losses(None, config)) == set(config.losses) and config.steps % config.eval_steps == 0
+        assert hub.accumulation(config.batch_size, config.micro_batch) and hub.accumulation(config.sft_batch, config.micro_batch)
+        assert config.max_prompt_length < config.max_length and (config.model == "scratch") == (config.lora_rank == 0 and "pythia-2.8b" not in config.model)
+
+
+@pytest.mark.parametrize("name", ["dialogue", "instructions"])
+def test_smoke_needs_no_data(name, tmp_path, monkeypatch):
+    monkeypatch.delenv("TOKPREF_DATA", raising=False)
+    record = compare(name, "smoke", out=tmp_path, overrides={"steps": 2, "eval_steps": 1, "lm_tokens": 5000}, progress=False)
+    assert not any("error" in run for run in record["runs"]) and len(record["runs"]) == 2
 
 
 def test_suites_say_what_is_missing(tmp_path, monkeypatch):

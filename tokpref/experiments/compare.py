@@ -152,7 +152,8 @@ def _like(name: str, value, settings: dict):
 # %% ../../nbs/experiments/30_compare.ipynb #2b125ef2
 TASKS: dict[str, Task] = {}
 _OWN = {"toy": "tokpref.experiments.toy", "sentiment": "tokpref.experiments.sentiment",
-        "math": "tokpref.experiments.math"}
+        "math": "tokpref.experiments.math", "dialogue": "tokpref.experiments.dialogue",
+        "instructions": "tokpref.experiments.instructions"}
 
 
 def find_task(name: str) -> Task:
