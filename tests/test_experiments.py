@@ -1,5 +1,7 @@
 """Comparisons end to end: they continue where they stopped, mix nothing, say what they were made with, and measure what they claim."""
+import copy
 import json
+import math
 import os
 import socket
 from dataclasses import replace
@@ -8,7 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tokpref.evaluation import estimate, sample, sample_kl
+from tokpref.data import PreferenceCollator
+from tokpref.evaluation import estimate, preference_metrics, sample, sample_kl
+from tokpref.experiments import baselines
 from tokpref.experiments import compare as harness
 from tokpref.experiments import scratch, sentiment, toy
 from tokpref.experiments.compare import (TASKS, VARIANTS, LossRun, RunConfig, compare, comparison_figure, comparison_table, find_task,
@@ -39,7 +43,7 @@ def test_the_first_profile_of_the_toy_is_the_demo():
 def test_record_is_complete_and_private(tmp_path):
     record = run_toy(tmp_path, seeds=(0, 1), losses=("dpo",))
     assert json.loads((tmp_path / "comparison.json").read_text()) == json.loads(json.dumps(record))
-    assert set(record) == {"task", "profile", "description", "config", "seeds", "versions", "hardware", "problem", "start", "value", "optimum", "runs"}
+    assert set(record) == {"task", "profile", "description", "config", "seeds", "versions", "hardware", "wall_seconds", "problem", "start", "value", "optimum", "runs"}
     assert {"torch", "transformers", "tokpref", "python"} <= set(record["versions"]) and {"cpu", "gpu", "threads"} <= set(record["hardware"])
     for run in record["runs"]:
         assert [point["step"] for point in run["history"]] == [0, 2, 3]
@@ -59,7 +63,7 @@ def test_a_stopped_comparison_continues(tmp_path, monkeypatch):
 
     monkeypatch.setattr(harness, "train_one", stops_at_the_second)
     with pytest.raises(KeyboardInterrupt): run_toy(tmp_path)
-    assert len(list((tmp_path / "runs").glob("*.json"))) == 1 and not (tmp_path / "scratch").exists()
+    assert len(list((tmp_path / "runs").glob("*.json"))) == 1 and not list(tmp_path.glob("scratch*"))
     record = run_toy(tmp_path)
     assert calls == ["dpo", "tdpo2", "tdpo2"] and [run["label"] for run in record["runs"]] == ["dpo", "tdpo2"]
 
@@ -150,7 +154,7 @@ def test_sentiment_smoke_end_to_end(tmp_path, monkeypatch):
     monkeypatch.delenv("TOKPREF_DATA", raising=False)
     record = compare("sentiment", "smoke", losses=["dpo"], out=tmp_path, overrides={"steps": 4, "eval_steps": 2}, progress=False)
     stages = {path.name.split("-")[0]: path.stat().st_mtime_ns for path in (tmp_path / "prepared").iterdir()}
-    assert set(stages) == {"tokenizer", "model", "classifier", "pairs"}
+    assert set(stages) == {"tokenizer", "model", "classifier", "measure", "pairs"}
     assert record["start"]["kl"] == pytest.approx(0, abs=1e-6) and record["runs"][0]["metrics"]["kl"] > 0
     again = compare("sentiment", "smoke", losses=["dpo"], out=tmp_path, overrides={"steps": 4, "eval_steps": 2}, progress=False)
     assert again["runs"] == record["runs"]
@@ -189,3 +193,103 @@ def test_a_task_of_ones_own(tmp_path, monkeypatch):
     monkeypatch.setitem(TASKS, "mine", replace(find_task("toy"), name="mine", profiles={"only": replace(find_task("toy").profiles["smoke"], **QUICK)}))
     assert compare("mine", losses="dpo", out=tmp_path, progress=False)["profile"] == "only"
     assert isinstance(find_task("mine").profiles["only"], RunConfig)
+
+
+# Labels, seeds, baselines
+
+@pytest.mark.parametrize("label, says", [("tdpo2:alfa=0.1", "did you mean 'alpha'"), ("dpo:beta", "must be name=value"), ("ppo:clips=1", "did you mean 'clip'"),
+                                         ("sft:n=2", "'n' is not used"), ("best-of-x", "unknown loss")])
+def test_a_label_with_a_slip_is_refused(label, says):
+    with pytest.raises(ValueError, match=says): resolve_losses(label, RunConfig())
+
+
+def test_a_sweep_is_a_list_of_labels_and_tuning_reaches_them():
+    config = RunConfig(sweep={"dpo": {"beta": (0.3, 1)}, "bpo": {"generator": ("kl",)}}, tuning={"dpo": {"learning_rate": 5e-4}})
+    runs = resolve_losses(["tdpo2", "sweep"], config)
+    assert list(runs) == ["tdpo2", "dpo:beta=0.3", "dpo:beta=1", "bpo:generator=kl"]
+    assert runs["dpo:beta=0.3"] == LossRun("dpo", {}, 0.3, 5e-4) and runs["bpo:generator=kl"].options == {"generator": "kl"}
+
+
+def test_a_seed_draws_other_pairs_from_the_same_start(tmp_path, monkeypatch):
+    monkeypatch.delenv("TOKPREF_DATA", raising=False)
+    task = find_task("sentiment")
+    config = replace(task.profiles["smoke"], train_prompts=6, eval_prompts=4, eval_pair_prompts=4, frontier_prompts=2, frontier_samples=16, lm_tokens=20_000)
+    a, b, again = (task.prepare(config, tmp_path, False, seed) for seed in (0, 1, 0))
+    assert a.train["chosen_ids"] == again.train["chosen_ids"] != b.train["chosen_ids"] and a.eval[:] == b.eval[:] and a.prompts == b.prompts
+    assert all(torch.equal(x, y) for x, y in zip(a.policy.parameters(), b.policy.parameters()))
+    assert len(list(tmp_path.glob("pairs-*"))) == 2 and len(list(tmp_path.iterdir())) == 6
+
+
+def test_all_seeds_share_the_labels_of_a_figure(tmp_path):
+    record = run_toy(tmp_path, ["dpo", "dpo:beta=2.0", "best-of-2"], seeds=(0, 1))
+    kl = 0.5 * min(run["history"][1]["kl"] for run in record["runs"] if run["label"] == "dpo")
+    band = harness.path_band(record, "dpo", [0.0, kl])
+    assert band["low"][1] <= band["mean"][1] <= band["high"][1] and band["mean"][0] == pytest.approx(record["start"]["reward"])
+    assert {line.get_label() for line in comparison_figure(record).axes[0].get_lines()} >= {"dpo", "dpo:beta=2.0", "best-of-2"}
+    assert len(comparison_figure(record, labels=["dpo"]).axes[1].patches) == 1 and len(harness.history_figure(record, ["dpo"]).axes) == 3
+
+
+def test_held_out_numbers_are_those_of_the_evaluation_page(tmp_path):
+    config = replace(find_task("toy").configure("smoke")[1], **QUICK)
+    shared = harness._Seed(find_task("toy"), config, tmp_path, 0, False)
+    torch.manual_seed(0)
+    moved = copy.deepcopy(shared.problem.policy)
+    for p in moved.parameters(): p.data += 0.05 * torch.randn_like(p)
+    ours = harness.held_out_metrics(moved, shared.reference, shared.problem, batch_size=5)
+    theirs = preference_metrics(moved, shared.reference, shared.problem.eval, PreferenceCollator(0), progress=False)
+    for mine, name in (("accuracy", "implicit/accuracies"), ("kl_chosen", "kl/chosen"), ("kl_rejected", "kl/rejected")):
+        assert ours[mine] == pytest.approx(theirs[name], rel=1e-4)
+
+
+def test_policy_gradient_raises_the_exact_reward(tmp_path):
+    "Given the reward, it climbs; with a heavy KL in the reward it stays; and it uses each batch of samples as often as it should."
+    overrides = {**QUICK, "letters": 4, "pretrain_steps": 60, "steps": 20, "eval_steps": 20}
+    record = compare("toy", "smoke", ["ppo:beta=0.3", "ppo:beta=50"], out=tmp_path, overrides=overrides, progress=False)
+    free, held = (run["metrics"] for run in record["runs"])
+    assert free["reward"] > record["start"]["reward"] + 0.3 and held["kl"] < 0.2 * free["kl"]
+
+
+def test_gradient_of_fresh_samples_is_reinforce(tmp_path):
+    config = replace(find_task("toy").configure("smoke")[1], **QUICK)
+    shared = harness._Seed(find_task("toy"), config, tmp_path, 0, False)
+    trainer = ppo_trainer(shared, config, tmp_path, samples=4, uses=2)
+    loss = trainer.compute_loss(trainer.model, {"prompt_ids": [list(p) for p in shared.problem.prompts[:3]]})
+    loss.backward()
+    rollout = trainer.rollouts[0]
+    plain = copy.deepcopy(shared.problem.policy)
+    stats = baselines.response_stats(plain, shared.reference, rollout["batch"])
+    returns = (rollout["rewards"] - 0.3 * stats.log_ratio.sum(-1).detach()).view(3, 4)
+    others = torch.stack([(returns.sum(1) - returns[:, j]) / 3 for j in range(4)], 1)
+    (-(returns - others).flatten() * stats.logps.sum(-1)).mean().backward()
+    for a, b in zip(trainer.model.parameters(), plain.parameters()): torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-5)
+    before = rollout["batch"]["input_ids"]
+    trainer.compute_loss(trainer.model, {"prompt_ids": [[1, 2]]})
+    assert trainer.rollouts[0]["batch"]["input_ids"] is before and trainer.calls == 2
+    trainer.compute_loss(trainer.model, {"prompt_ids": [list(p) for p in shared.problem.prompts[:3]]})
+    assert trainer.rollouts[0]["batch"]["input_ids"] is not before
+
+
+def ppo_trainer(shared, config, folder, **options):
+    arguments = harness.run_arguments(config, LossRun("dpo", {}, 0.3, 1e-3), 0, folder, {})
+    trainer = baselines.PolicyGradientTrainer(copy.deepcopy(shared.problem.policy), arguments, processing_class=shared.problem.tokenizer)
+    return trainer.setup(shared.problem, shared.reference, {"clip": 0.2, **options}, 0.3)
+
+
+def test_fine_tuning_raises_the_likelihood_of_chosen_responses(tmp_path):
+    record = run_toy(tmp_path, ["sft"], steps=12, eval_steps=12, pretrain_steps=5)
+    losses = [entry["loss"] for entry in record["runs"][0]["log"] if "loss" in entry]
+    assert record["runs"][0]["metrics"]["kl"] > 0 and losses and "accuracy" in record["runs"][0]["metrics"]
+
+
+def test_best_of_n_is_the_best_of_n(tmp_path):
+    record = run_toy(tmp_path, ["best-of-1", "best-of-32"])
+    one, many = (run["metrics"] for run in record["runs"])
+    assert one["kl"] == 0 and many["kl"] == pytest.approx(math.log(32) - 31 / 32) and many["reward"] > one["reward"] + 1
+
+
+def test_a_task_without_a_reward_refuses_what_needs_one(tmp_path, monkeypatch):
+    toy_task = find_task("toy")
+    hidden = replace(toy_task, name="hidden", prepare=lambda *args: replace(toy_task.prepare(*args), reward=None))
+    monkeypatch.setitem(TASKS, "hidden", hidden)
+    for label in ("ppo", "best-of-2"):
+        with pytest.raises(ValueError, match="needs a known reward"): compare("hidden", "smoke", label, out=tmp_path, overrides=QUICK, progress=False)

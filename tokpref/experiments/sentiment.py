@@ -5,18 +5,17 @@
 # %% auto #0
 __all__ = ['SentimentConfig', 'Reviews', 'clean', 'load_reviews', 'template_reviews', 'openings', 'passages', 'text_features',
            'SentimentClassifier', 'train_classifier', 'review_reward', 'review_prompts', 'review_pairs',
-           'estimated_optimum', 'train_examples', 'review_metrics', 'prepare_sentiment']
+           'estimated_optimum', 'review_metrics', 'prepare_sentiment']
 
 # %% ../../nbs/experiments/40_sentiment.ipynb #14505afb
 import copy
-import json
 import math
 import random
 import re
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from itertools import combinations
 from pathlib import Path
 
@@ -29,8 +28,8 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ..data import load_texts
 from ..evaluation import boltzmann_frontier, reward_kl_point, sample, score_samples
-from .compare import TASKS, Problem, Task, write_json
-from .scratch import ScratchConfig, Stages, fresh_model, held_out_loss, train_lm, train_tokenizer
+from .compare import TASKS, Problem, Task, read_json, write_json
+from .scratch import ScratchConfig, Stages, fastest_device, fresh_model, held_out_loss, train_lm, train_tokenizer
 
 # %% ../../nbs/experiments/40_sentiment.ipynb #3dd87d5c
 @dataclass(frozen=True)
@@ -46,8 +45,8 @@ class SentimentConfig(ScratchConfig):
     train_prompts: int = 1000               # from the training split
     completions: int = 4                    # of each prompt; six pairs
     label_temperature: float = 0.0          # 0: the higher score is chosen, as in the papers; else Bradley-Terry on the score / temperature
-    eval_pair_prompts: int = 100            # from the test split, for the held-out pairs
-    eval_prompts: int = 256                 # from the test split, one sample each for every point of a path
+    eval_pair_prompts: int = 60             # from the test split, for the held-out pairs
+    eval_prompts: int = 384                 # from the test split, one sample each for every point of a path
     frontier_prompts: int = 48              # the first of those
     frontier_samples: int = 256             # of the reference for each, for the estimated optimum
     frontier_ess: float = 8.0               # the estimate stops where fewer samples than this carry it
@@ -248,8 +247,9 @@ _STAGES = {     # stage -> the settings and the stages that it depends on
     "tokenizer": ("source", "data_seed", "vocab_size"),
     "model": ("tokenizer", "context", "hidden_size", "layers", "heads", "lm_tokens", "lm_batch", "lm_learning_rate"),
     "classifier": ("source", "data_seed", "features", "passages", "passage_words", "classifier_batch"),
-    "pairs": ("model", "classifier", "prompt_tokens", "train_prompts", "completions", "label_temperature", "eval_pair_prompts", "eval_prompts",
-              "frontier_prompts", "frontier_samples", "frontier_ess")}
+    "measure": ("model", "classifier", "prompt_tokens", "completions", "label_temperature", "eval_pair_prompts", "eval_prompts",
+                "frontier_prompts", "frontier_samples", "frontier_ess"),
+    "pairs": ("measure", "train_prompts")}
 
 # %% ../../nbs/experiments/40_sentiment.ipynb #85986b5b
 def _make_tokenizer(folder: Path, reviews: Reviews, config: SentimentConfig) -> str:
@@ -260,7 +260,7 @@ def _make_tokenizer(folder: Path, reviews: Reviews, config: SentimentConfig) -> 
 
 
 def _make_model(folder: Path, reviews: Reviews, tokenizer, config: SentimentConfig, progress: bool) -> str:
-    model = fresh_model(tokenizer, config)
+    model = fresh_model(tokenizer, config).to(fastest_device())
     rows = openings([*reviews.train, *reviews.unlabelled], tokenizer, config.context)
     train = train_lm(model, rows, config, progress)
     test = held_out_loss(model, openings(reviews.test[::10], tokenizer, config.context))
@@ -278,30 +278,36 @@ def _make_classifier(folder: Path, reviews: Reviews, config: SentimentConfig, pr
     write_json(folder / "info.json", info)
     return f"test accuracy {info['accuracy_openings']:.1%} on openings, {info['accuracy_reviews']:.1%} on whole reviews"
 
-# %% ../../nbs/experiments/40_sentiment.ipynb #965ccf38
-def _make_pairs(folder: Path, reviews: Reviews, tokenizer, model, reward: Callable, config: SentimentConfig, progress: bool) -> str:
-    new_tokens = config.context - config.prompt_tokens[1]
-    train = review_prompts(reviews.train, tokenizer, config.train_prompts, config, seed=1)
-    test = review_prompts(reviews.test, tokenizer, config.eval_prompts + config.eval_pair_prompts, config, seed=2, avoid=train)
-    measured, held_out = test[:config.eval_prompts], test[config.eval_prompts:]
-    info = {"train_prompts": len(train), "test_prompts": len(test)}
-    for name, prompts in (("train", train), ("eval", held_out)):
-        samples = sample(model, tokenizer, prompts, n=config.completions, max_new_tokens=new_tokens, batch_size=256,
-                         seed=config.data_seed + len(name), progress=progress)
-        pairs = review_pairs(samples, score_samples(samples, reward), tokenizer, config.label_temperature, config.data_seed)
-        pairs.to_parquet(folder / f"{name}.parquet")
-        info[f"{name}_pairs"], info[f"{name}_truncated"] = len(pairs), sum(samples.truncated) / len(samples)
-    optimum = estimated_optimum(model, tokenizer, reward, measured[:config.frontier_prompts], config, progress)
-    write_json(folder / "rest.json", {"info": info, "prompts": measured, "optimum": optimum, "examples": train_examples(pairs)})
-    return f"{info['train_pairs']:,} from {len(train):,} prompts, {info['eval_pairs']:,} held out"
-
-
-def train_examples(pairs: Dataset, n: int = 3) -> list[dict]:
-    "A few pairs as text, for the record."
-    names = ("prompt", "chosen", "rejected", "score_chosen", "score_rejected")
-    return [{name: pairs[i][name] for name in names} for i in range(min(n, len(pairs)))]
-
 # %% ../../nbs/experiments/40_sentiment.ipynb #3e9730b6
+def _draw_pairs(model, tokenizer, prompts: Sequence, reward: Callable, config: SentimentConfig, seed: int, progress: bool) -> tuple[Dataset, float]:
+    "Labelled pairs of samples of the start, and the share of samples that were cut off."
+    samples = sample(model, tokenizer, prompts, n=config.completions, max_new_tokens=config.context - config.prompt_tokens[1],
+                     batch_size=256, seed=seed, progress=progress)
+    pairs = review_pairs(samples, score_samples(samples, reward), tokenizer, config.label_temperature, seed)
+    return pairs, sum(samples.truncated) / len(samples)
+
+
+def _make_measure(folder: Path, reviews: Reviews, tokenizer, model, reward: Callable, config: SentimentConfig, progress: bool) -> str:
+    test = review_prompts(reviews.test, tokenizer, config.eval_prompts + config.eval_pair_prompts, config, seed=2)
+    measured, held_out = test[:config.eval_prompts], test[config.eval_prompts:]
+    pairs, cut = _draw_pairs(model, tokenizer, held_out, reward, config, config.data_seed + 4, progress)
+    pairs.to_parquet(folder / "eval.parquet")
+    optimum = estimated_optimum(model, tokenizer, reward, measured[:config.frontier_prompts], config, progress)
+    info = {"test_prompts": len(measured), "eval_pairs": len(pairs), "eval_truncated": cut,
+            "reviews": {k: len(getattr(reviews, k)) for k in ("train", "unlabelled", "test")}, "repeated": reviews.repeated}
+    examples = [{name: row[name] for name in ("prompt", "chosen", "rejected", "score_chosen", "score_rejected")} for row in pairs.select(range(3))]
+    write_json(folder / "rest.json", {"info": {**info, "examples": examples}, "prompts": measured, "avoid": test, "optimum": optimum})
+    return f"{len(measured)} prompts, {len(pairs):,} held-out pairs"
+
+
+def _make_pairs(folder: Path, reviews: Reviews, tokenizer, model, reward: Callable, config: SentimentConfig, progress: bool, seed: int, avoid: Sequence) -> str:
+    prompts = review_prompts(reviews.train, tokenizer, config.train_prompts, config, seed=1000 + seed, avoid=avoid)
+    pairs, cut = _draw_pairs(model, tokenizer, prompts, reward, config, config.data_seed + 1000 * (seed + 1), progress)
+    pairs.to_parquet(folder / "train.parquet")
+    write_json(folder / "info.json", {"train_prompts": len(prompts), "train_pairs": len(pairs), "train_truncated": cut})
+    return f"{len(pairs):,} from {len(prompts):,} prompts"
+
+# %% ../../nbs/experiments/40_sentiment.ipynb #ae9aebf4
 def review_metrics(model, reference, tokenizer, prompts: Sequence, reward: Callable, config: SentimentConfig) -> dict[str, float]:
     "Reward, KL and entropy of one sample for each prompt, always with the same seed; see `reward_kl_point`."
     samples = sample(model, tokenizer, prompts, max_new_tokens=config.context - config.prompt_tokens[1], batch_size=256,
@@ -309,31 +315,40 @@ def review_metrics(model, reference, tokenizer, prompts: Sequence, reward: Calla
     return reward_kl_point(model, reference, samples, reward, batch_size=64, progress=False)
 
 
-def prepare_sentiment(config: SentimentConfig, folder: Path, progress: bool = True) -> Problem:
-    "Film reviews as a `Problem`, every stage kept in `folder`."
-    stage = Stages(config, Path(folder), _STAGES, progress).run
-    reviews = load_reviews(config.source)
-    place = stage("tokenizer", lambda f: _make_tokenizer(f, reviews, config))
+def _start_and_reward(config: SentimentConfig, stages: Stages, reviews: Callable) -> tuple:
+    "Tokenizer, language model and reward, from the first three stages; and what was measured of them."
+    place = stages.run("tokenizer", lambda f: _make_tokenizer(f, reviews(), config))
     tokenizer = PreTrainedTokenizerFast.from_pretrained(place)
-    place = stage("model", lambda f: _make_model(f, reviews, tokenizer, config, progress))
-    model, info = LlamaForCausalLM.from_pretrained(place), {"model": json.loads((place / "info.json").read_text())}
-    place = stage("classifier", lambda f: _make_classifier(f, reviews, config, progress))
+    place = stages.run("model", lambda f: _make_model(f, reviews(), tokenizer, config, stages.progress))
+    model, info = LlamaForCausalLM.from_pretrained(place), {"model": read_json(place / "info.json")}
+    place = stages.run("classifier", lambda f: _make_classifier(f, reviews(), config, stages.progress))
     classifier = SentimentClassifier(config.features)
     classifier.load_state_dict(torch.load(place / "classifier.pt", weights_only=True))
-    info["classifier"] = json.loads((place / "info.json").read_text())
-    reward = partial(review_reward, classifier=classifier.eval(), tokenizer=tokenizer)
-    place = stage("pairs", lambda f: _make_pairs(f, reviews, tokenizer, model, reward, config, progress))
-    rest = json.loads((place / "rest.json").read_text(encoding="utf-8"))
-    info |= {"reviews": {k: len(getattr(reviews, k)) for k in ("train", "unlabelled", "test")}, "repeated": reviews.repeated, **rest["info"],
-             "examples": rest["examples"], "optimum": "estimated from samples of the start"}
-    train, held_out = (Dataset.from_parquet(str(place / f"{name}.parquet")) for name in ("train", "eval"))
+    info["classifier"] = read_json(place / "info.json")
+    return tokenizer, model.to(fastest_device()), partial(review_reward, classifier=classifier.eval(), tokenizer=tokenizer), info
+
+
+def prepare_sentiment(config: SentimentConfig, folder: Path, progress: bool = True, seed: int = 0) -> Problem:
+    "Film reviews as a `Problem`, every stage kept in `folder`; the pairs to train on are drawn with `seed`."
+    stages, reviews = Stages(config, Path(folder), _STAGES, progress), cache(lambda: load_reviews(config.source))
+    tokenizer, model, reward, info = _start_and_reward(config, stages, reviews)
+    start = tokenizer, model, reward, config, progress
+    place = stages.run("measure", lambda f: _make_measure(f, reviews(), *start))
+    held_out, rest = Dataset.from_parquet(str(place / "eval.parquet")), read_json(place / "rest.json")
+    place = stages.run("pairs", lambda f: _make_pairs(f, reviews(), *start, seed, rest["avoid"]), seed=seed)
+    train = Dataset.from_parquet(str(place / "train.parquet"))
+    info |= {**rest["info"], **read_json(place / "info.json"), "optimum": "estimated from samples of the start"}
     reference = copy.deepcopy(model).eval().requires_grad_(False)
     evaluate = partial(review_metrics, reference=reference, tokenizer=tokenizer, prompts=rest["prompts"], reward=reward, config=config)
-    return Problem(tokenizer, model, train, held_out, evaluate, rest["optimum"], info)
+    return Problem(tokenizer, model, train, held_out, evaluate, rest["optimum"], info, reward=reward, prompts=rest["prompts"],
+                   max_new_tokens=config.context - config.prompt_tokens[1])
 
 # %% ../../nbs/experiments/40_sentiment.ipynb #08249be4
+_SWEEP = {"dpo": {"beta": (0.03, 0.3)}, "tdpo1": {"beta": (0.03, 0.3)}, "tdpo2": {"beta": (0.03, 0.3), "alpha": (0.1, 1.0)},
+          "adpo": {"window": (4,)}, "tbpo_a": {"generator": ("logistic",)}}
+
 TASKS["sentiment"] = Task("sentiment", "film reviews: please a classifier, stay near the start", {
-    "nano": SentimentConfig(beta=0.1, learning_rate=1e-4, steps=120, eval_steps=30, batch_size=32),
+    "nano": SentimentConfig(beta=0.1, learning_rate=2e-4, steps=60, eval_steps=20, warmup_steps=6, batch_size=32, seeds=(0, 1, 2), sweep=_SWEEP),
     "smoke": SentimentConfig(source="templates", vocab_size=400, context=32, hidden_size=32, layers=1, heads=2, lm_tokens=60_000, lm_batch=16,
                              lm_learning_rate=1e-2, features=2**14, classifier_batch=16,
                              train_prompts=40, eval_pair_prompts=12, eval_prompts=32, frontier_prompts=8, frontier_samples=32, beta=0.1,

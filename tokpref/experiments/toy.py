@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ToyConfig', 'toy_tokenizer', 'all_prompts', 'all_strings', 'to_text', 'string_rewards', 'policy_tree', 'toy_policy',
            'outcome_logps', 'outcome_rewards', 'optimal_logps', 'mean_reward', 'mean_kl', 'improved_tree',
-           'grammar_strings', 'pretrain', 'sample_pairs', 'toy_metrics', 'start_policy', 'prepare_toy']
+           'grammar_strings', 'pretrain', 'sample_pairs', 'toy_metrics', 'toy_reward', 'start_policy', 'prepare_toy']
 
 # %% ../../nbs/experiments/31_toy.ipynb #47a17f5c
 import string
@@ -254,6 +254,17 @@ def _exact(model, tokenizer, prompts: Tensor, config: ToyConfig) -> dict[str, Te
     ref, r = outcome_logps(tree), outcome_rewards(rewards, config.void_reward)
     return {"ref": ref, "rewards": r, "soft": optimal_logps(ref, r, config.beta), "imp": outcome_logps(imp)}
 
+# %% ../../nbs/experiments/31_toy.ipynb #9c14d4ba
+def toy_reward(prompts: Sequence[Sequence[int]], responses: Sequence[str], tokenizer, config: ToyConfig) -> Tensor:
+    "[N] rewards of responses to prompts (ids): the same numbers as `string_rewards`; a response with a letter too many is void."
+    rewards = []
+    for ids, response in zip(prompts, responses):
+        (wanted, unwanted), letters = tokenizer.decode(ids).split(), response.split()
+        repeats = sum(a == b for a, b in zip(letters, letters[1:]))
+        value = config.letter_reward * (letters.count(wanted) - letters.count(unwanted)) - config.repeat_cost * repeats - config.length_cost * len(letters)
+        rewards.append(config.void_reward if len(letters) > config.max_letters else value)
+    return torch.tensor(rewards, dtype=torch.float64)
+
 # %% ../../nbs/experiments/31_toy.ipynb #2bd2e6a0
 def start_policy(tokenizer, config: ToyConfig, folder: Path, progress: bool) -> tuple[GPT2LMHeadModel, float]:
     "The pretrained policy and its last loss, kept in `folder` under a fingerprint of the configuration."
@@ -267,13 +278,13 @@ def start_policy(tokenizer, config: ToyConfig, folder: Path, progress: bool) -> 
     return model, loss
 
 
-def prepare_toy(config: ToyConfig, folder: Path, progress: bool = True) -> Problem:
-    "The small language as a `Problem`: every prompt is used, reward, KL and optimum are exact."
+def prepare_toy(config: ToyConfig, folder: Path, progress: bool = True, seed: int = 0) -> Problem:
+    "The small language as a `Problem`: every prompt is used, reward, KL and optimum are exact. The pairs to train on are drawn with `seed`."
     tokenizer, prompts = toy_tokenizer(config.letters), all_prompts(config.letters)
     model, loss = start_policy(tokenizer, config, Path(folder), progress)
     exact = _exact(model.eval(), tokenizer, prompts, config)
-    generator = torch.Generator().manual_seed(config.data_seed + 2)
-    train, held_out = (sample_pairs(exact["ref"], exact["rewards"], prompts, n, config, generator) for n in (config.pairs, config.eval_pairs))
+    draw = lambda n, seed: sample_pairs(exact["ref"], exact["rewards"], prompts, n, config, torch.Generator().manual_seed(seed))
+    train, held_out = draw(config.pairs, config.data_seed + 2 + 1000 * seed), draw(config.eval_pairs, config.data_seed + 3)
     best = [optimal_logps(exact["ref"], exact["rewards"], beta) for beta in config.optimum_betas]
     optimum = [(mean_kl(b, exact["ref"]), mean_reward(b, exact["rewards"])) for b in best]
     info = {"parameters": sum(p.numel() for p in model.parameters()), "pretrain_loss": loss, "responses": sum(config.letters ** d for d in range(config.max_letters + 1)),
@@ -281,7 +292,9 @@ def prepare_toy(config: ToyConfig, folder: Path, progress: bool = True) -> Probl
             "reward_soft": mean_reward(exact["soft"], exact["rewards"]), "kl_soft": mean_kl(exact["soft"], exact["ref"]),
             "reward_imp": mean_reward(exact["imp"], exact["rewards"]), "kl_imp": mean_kl(exact["imp"], exact["ref"])}
     evaluate = partial(toy_metrics, tokenizer=tokenizer, prompts=prompts, config=config, exact=exact)
-    return Problem(tokenizer, model, train, held_out, evaluate, optimum, info)
+    texts = [to_text(p).strip() for p in prompts.tolist()]
+    return Problem(tokenizer, model, train, held_out, evaluate, optimum, info, reward=partial(toy_reward, tokenizer=tokenizer, config=config),
+                   prompts=tokenizer(texts)["input_ids"], max_new_tokens=config.max_letters + 1)
 
 # %% ../../nbs/experiments/31_toy.ipynb #9b32ceee
 _TOY_TUNING = {"ipo": {"beta": 0.15}, "bpo": {"learning_rate": 2e-4}}
