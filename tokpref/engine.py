@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from .losses.types import PairLoss, TokenStats
 from .packing import Packed, pack_pairs, packed_inputs, packing_obstacle, segment_attention, takes_segments, without_ddp
-from .scores import _Workspace, _wide
+from .scores import _Workspace, _fresh, _wide
 from .stats import _check_vocabulary, _features, _flat_stats, _reference_features, _response_positions, base_model, evaluating
 
 # %% ../nbs/library/29_one_pass.ipynb #63db7ef2
@@ -30,22 +30,14 @@ def _place(flat: dict[str, Tensor], lengths: list[int]) -> tuple[TokenStats, Tok
     return side(0), side(1)
 
 
-def _tiles(lengths: list[int], size: int) -> list[tuple[slice, list[int]]]:
-    "(positions, lengths) of runs of whole pairs, each of at most `size` positions unless it is a single pair."
-    tiles, begin, mine = [], 0, []
-    for i in range(0, len(lengths), 2):
-        pair = lengths[i:i + 2]
-        if mine and sum(mine) + sum(pair) > size:
-            tiles.append((slice(begin, begin + sum(mine)), mine))
-            begin, mine = begin + sum(mine), []
-        mine = mine + pair
-    return tiles + [(slice(begin, begin + sum(mine)), mine)]
-
-
-def _chunks(part: slice, size: int) -> list[slice]:
-    "The slice in pieces of `size`, the first of which may be shorter: the last one stays in the buffers."
-    first = part.stop - (part.stop - part.start - 1) // size * size
-    return [slice(max(part.start, stop - size), stop) for stop in range(first, part.stop + 1, size)]
+def _tiles(sizes: list[int], room: int) -> list[list[int]]:
+    "Pairs of these many positions in groups that have room together, the longest first; one that has no room stands alone."
+    tiles = []
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        tile = next((t for t in tiles if sum(sizes[j] for j in t) + sizes[i] <= room), None)
+        if tile is None: tiles.append(tile := [])
+        tile.append(i)
+    return tiles
 
 # %% ../nbs/library/29_one_pass.ipynb #608530d1
 def _token_gradients(flat: dict[str, Tensor], lengths: list[int], loss: Callable) -> tuple[Tensor, dict[str, Tensor | None]]:
@@ -62,49 +54,82 @@ class _Gradients:
 
     def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, baseline: Tensor | None):
         wide = _wide(weight.dtype)
-        def room(x, make, dtype=None):
-            return make(x.shape, dtype=dtype or x.dtype, device=x.device) if x is not None and x.requires_grad else None
-        self.hidden, self.weight = room(hidden, torch.empty), room(weight, torch.empty, wide)
-        self.bias, self.baseline = room(bias, torch.zeros, wide), room(baseline, torch.zeros)
+        def zeros(x, dtype=None):
+            return torch.zeros(x.shape, dtype=dtype or x.dtype, device=x.device) if x is not None and x.requires_grad else None
+        self.hidden, self.bias, self.baseline = zeros(hidden), zeros(bias, wide), zeros(baseline)
+        self.weight = _fresh(*weight.shape, wide, weight.device) if weight.requires_grad else None
         self.started = False
 
-    def add(self, part: slice, g: Tensor, weight: Tensor, hidden: Tensor) -> None:
-        "Take in the gradient g [n, V] with respect to h Wᵀ + b of the positions `part`."
+    def add(self, rows: Tensor, g: Tensor, weight: Tensor, hidden: Tensor) -> None:
+        "Take in the gradient g [n, V] with respect to h Wᵀ + b of the positions `rows`, whose states are `hidden` [n, H]."
         if self.bias is not None: self.bias += g.sum(0, dtype=self.bias.dtype)
-        if self.hidden is not None:
-            if g.dtype == self.hidden.dtype: torch.mm(g, weight, out=self.hidden[part])
-            else: self.hidden[part] = (g @ weight).to(self.hidden.dtype)
+        if self.hidden is not None: self.hidden.index_copy_(0, rows, (g @ weight).to(self.hidden.dtype))
         if self.weight is not None:
-            hidden = hidden[part].to(g.dtype)
+            hidden = hidden.to(g.dtype)
             if g.dtype == self.weight.dtype: self.weight.addmm_(g.T, hidden, beta=float(self.started))
             else: self.weight = g.T @ hidden + (self.weight if self.started else 0.0)
             self.started = True
 
     def finished(self, inputs: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
         "One gradient for each input, in the input's dtype; None where none was asked for."
+        if self.weight is not None and not self.started: self.weight.zero_()
         sums = self.hidden, self.weight, self.bias, self.baseline
         return tuple(None if g is None else g.to(x.dtype) for g, x in zip(sums, inputs))
 
-# %% ../nbs/library/29_one_pass.ipynb #4174b93b
-def _walk(work: _Workspace, policy: Tensor, reference: Tensor | None, targets: Tensor, given: dict[str, Tensor], lengths: list[int],
-          loss: Callable, grads: _Gradients) -> tuple[dict[str, Tensor], Tensor]:
+# %% ../nbs/library/29_one_pass.ipynb #6dd744f5
+class _Positions(NamedTuple):
+    "All N positions of a batch as the head sees them, policy and reference."
+
+    policy: Tensor              # [N, H] states
+    reference: Tensor | None    # [N, H'] states
+    targets: Tensor             # [N] token ids
+
+    def at(self, rows: Tensor) -> "_Positions":
+        return _Positions(*(None if x is None else x[rows] for x in self))
+
+
+def _with_gradient(rows: Tensor, g: Tensor, k: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    "(which of the rows have a gradient, None for all; k, None if it is zero). On an accelerator to look would be to wait: all, and k as it is."
+    if g.device.type != "cpu": return None, k
+    if k is not None and not k.any(): k = None
+    some = g != 0 if k is None else (g != 0) | (k != 0)
+    return None if some.all() else some.nonzero()[:, 0], k
+
+
+def _take_gradient(work: _Workspace, batch: _Positions, rows: Tensor, g: Tensor, k: Tensor | None, grads: _Gradients, there: bool) -> None:
+    "Add to `grads` what these rows contribute; their probabilities are there already, or are computed once more."
+    some, k = _with_gradient(rows, g, k)
+    if some is not None: rows, g, k = rows[some], g[some], None if k is None else k[some]
+    if not len(rows): return
+    mine = batch.at(rows)
+    if not there: work.refill(mine.policy, None if k is None else mine.reference)
+    elif some is not None: work.keep(some)
+    grads.add(rows, work.gradient(mine.targets, g, k), work.head.weight, mine.policy)
+
+
+def _walk(work: _Workspace, batch: _Positions, given: dict[str, Tensor], lengths: list[int], loss: Callable, grads: _Gradients,
+          tiles: list[list[int]]) -> tuple[dict[str, Tensor], Tensor]:
     "Statistics [N] and losses [B] of all pairs, tile by tile; the gradients of the mean loss are added to `grads` on the way."
-    at = lambda x, part: None if x is None else x[part]
-    values, losses, pairs = [], [], len(lengths) // 2
-    for tile, mine in _tiles(lengths, work.chunk):
-        chunks = _chunks(tile, work.chunk)
-        parts = [work.stats(policy[c], at(reference, c), targets[c]) for c in chunks]
-        flat = {name: torch.cat([part[name] for part in parts]) for name in parts[0]} | {name: x[tile] for name, x in given.items()}
-        tile_losses, slopes = _token_gradients(flat, mine, loss)
-        values.append(flat), losses.append(tile_losses)
-        if grads.baseline is not None and slopes["baseline"] is not None: grads.baseline[tile] = slopes["baseline"] / pairs
-        for c in reversed(chunks):
-            if c != chunks[-1]: work.refill(policy[c], at(reference, c))
-            inside = slice(c.start - tile.start, c.stop - tile.start)
-            k = at(slopes.get("kl"), inside)
-            g = work.gradient(targets[c], slopes["logps"][inside] / pairs, None if k is None else k / pairs)
-            grads.add(c, g, work.head.weight, policy)
-    return {name: torch.cat([flat[name] for flat in values]) for name in values[0]}, torch.cat(losses)
+    pairs, values, slopes, losses = list(zip(lengths[::2], lengths[1::2])), dict(given), {}, []
+    places = torch.arange(len(batch.targets)).split([sum(pair) for pair in pairs])
+    rows = [torch.cat([places[i] for i in tile]).to(batch.targets.device, non_blocking=True) for tile in tiles]
+    early = torch.cat([r[:-work.chunk] for r in rows])
+    def keep(into, new, rows):
+        for name, x in new.items(): into.setdefault(name, x.new_zeros(len(batch.targets))).index_copy_(0, rows, x)
+    for chunk in early.split(work.chunk): keep(values, work.stats(*batch.at(chunk)), chunk)
+    for tile, mine in zip(tiles, rows):
+        late = mine[-work.chunk:]
+        keep(values, work.stats(*batch.at(late)), late)
+        tile_losses, tile_slopes = _token_gradients({name: x[mine] for name, x in values.items()}, [n for i in tile for n in pairs[i]], loss)
+        losses.append(tile_losses)
+        keep(slopes, {name: x / len(pairs) for name, x in tile_slopes.items() if x is not None}, mine)
+        _take_gradient(work, batch, late, slopes["logps"][late], slopes["kl"][late] if "kl" in slopes else None, grads, there=True)
+    if early.device.type == "cpu" and "kl" in slopes: early = early[slopes["kl"][early].ne(0).argsort(stable=True)]
+    for chunk in early.split(work.chunk):
+        _take_gradient(work, batch, chunk, slopes["logps"][chunk], slopes["kl"][chunk] if "kl" in slopes else None, grads, there=False)
+    if grads.baseline is not None and "baseline" in slopes: grads.baseline.copy_(slopes["baseline"])
+    order = torch.tensor([i for tile in tiles for i in tile], device=batch.targets.device)
+    return values, torch.cat(losses)[order.argsort()]
 
 # %% ../nbs/library/29_one_pass.ipynb #05cfa10a
 class _Attach(torch.autograd.Function):
@@ -217,34 +242,38 @@ def _states(model: nn.Module, ref_model: nn.Module | None, batch: dict, layout: 
         if full and reference is None: raise ValueError("a KL needs the reference's whole distribution: pass ref_model, or a PEFT model")
         return _features(model, inputs(model), layout.positions), reference
 
-# %% ../nbs/library/29_one_pass.ipynb #6dd744f5
-def _statistics(work: _Workspace, policy: Tensor, reference: Tensor | None, targets: Tensor) -> dict[str, Tensor]:
+# %% ../nbs/library/29_one_pass.ipynb #e3a6f36f
+def _statistics(work: _Workspace, batch: _Positions) -> dict[str, Tensor]:
     "Statistics [N] without any gradient."
-    parts = [work.stats(policy[c], None if reference is None else reference[c], targets[c]) for c in _chunks(slice(0, len(targets)), work.chunk)]
+    parts = [work.stats(*batch.at(rows)) for rows in torch.arange(len(batch.targets), device=batch.targets.device).split(work.chunk)]
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
-def _in_one_pass(policy: tuple, reference: tuple | None, layout: _Layout, given: dict, loss: Callable, asked: tuple, sizes: tuple) -> BatchLoss:
-    "Statistics, losses and gradients tile by tile; under `torch.no_grad` the first two."
+def _from_scores(policy: tuple, reference: tuple | None, layout: _Layout, given: dict, loss: Callable, asked: tuple, sizes: tuple,
+                 one_pass: bool = True) -> BatchLoss:
+    "Statistics, losses and gradients, in tiles of whole pairs or all pairs in one tile; under `torch.no_grad` without gradients."
     (hidden, head, _), (ref_hidden, ref_head, _) = policy, reference or (None, None, None)
     if ref_head is not None: _check_vocabulary(head, ref_head)
     known, lengths = {name: x.detach() for name, x in given.items()}, layout.lengths
-    work = _Workspace(head, ref_head, asked, sizes, hidden.device, max(map(sum, zip(lengths[::2], lengths[1::2]))))
+    work = _Workspace(head, ref_head, asked, sizes, hidden)
     inputs = hidden, head.weight, head.bias, given.get("baseline")
     grads = _Gradients(*inputs) if torch.is_grad_enabled() else None
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-        if grads is None: values = _statistics(work, hidden, ref_hidden, layout.targets) | known
-        else: values, losses = _walk(work, hidden, ref_hidden, layout.targets, known, lengths, loss, grads)
+        batch = _Positions(hidden, ref_hidden, layout.targets)
+        if grads is None: values = _statistics(work, batch) | known
+        else:
+            tiles = _tiles(list(map(sum, zip(lengths[::2], lengths[1::2]))), work.chunk if one_pass else len(layout.targets))
+            values, losses = _walk(work, batch, known, lengths, loss, grads, tiles)
         chosen, rejected = _place(values, lengths)
         pairs = loss(chosen, rejected)
         if grads is None: return BatchLoss(pairs.mean(), pairs, chosen, rejected)
-        _same_for_all(losses, pairs)
+        if one_pass: _same_for_all(losses, pairs)
     value = _Attach.apply(pairs.mean(), grads.finished(inputs), *inputs)
     return BatchLoss(value, pairs, chosen, rejected)
 
 
 def _in_two_steps(policy: tuple, reference: tuple | None, layout: _Layout, given: dict, loss: Callable, asked: tuple, chunk_size: int | None) -> BatchLoss:
-    "Statistics that carry gradient, then the loss."
+    "Statistics that carry gradient, then the loss and autograd: what serves a head that can't be split off, and what the rest is held against."
     names = "logps", "ref_logps", "kl", "reverse_kl", "entropy"
     flat = dict(zip(names, _flat_stats(policy, reference, layout.targets, asked, chunk_size)))
     stats = _place({name: x for name, x in flat.items() if x is not None} | given, layout.lengths)
@@ -252,7 +281,7 @@ def _in_two_steps(policy: tuple, reference: tuple | None, layout: _Layout, given
     quiet = [TokenStats(**{name: None if x is None else x.detach() for name, x in vars(side).items()}) for side in stats]
     return BatchLoss(pairs.mean(), PairLoss(pairs.losses.detach(), pairs.chosen_rewards, pairs.rejected_rewards), *quiet)
 
-# %% ../nbs/library/29_one_pass.ipynb #e3a6f36f
+# %% ../nbs/library/29_one_pass.ipynb #736eadeb
 def pair_loss(
     model: nn.Module,                       # the policy
     ref_model: nn.Module | None,            # the reference; None: adapter off, or batch["ref_logps"], or no reference
@@ -262,10 +291,10 @@ def pair_loss(
     reverse_kl: bool = False,               # full-vocabulary reverse KL, a metric
     entropy: bool = False,                  # entropy of the policy, a metric
     baseline: Callable | None = None,       # BaselineHead of TBPO-Q
-    one_pass: bool = True,                  # False: statistics first, then autograd, which computes all scores a second time
+    one_pass: bool = True,                  # False: all statistics first, then all scores a second time, for losses that mix the pairs
     shared_prompt: bool | None = None,      # pairs as packed segments; None: if that changes nothing, tried once for each model
     chunk_size: int | None = None,          # positions scored at a time; None: from `workspace`
-    workspace: int | None = None,           # bytes for scores; None: 64 MiB, and up to 256 for a long pair; elsewhere than on a CPU 512 and 1024
+    workspace: int | None = None,           # bytes for scores; None: 48 MiB on a CPU, 1 GiB elsewhere
 ) -> BatchLoss:
     """The mean loss of B preference pairs with its gradient, and what a log wants to know.
 
@@ -278,7 +307,7 @@ def pair_loss(
     given = _given(batch, layout, reference is not None)
     if baseline is not None: given["baseline"] = baseline(policy[0].detach())
     split = policy[1] is not None and (reference is None or reference[1] is not None)
-    if one_pass and split: return _in_one_pass(policy, reference, layout, given, loss, asked, (workspace, chunk_size))
+    if split: return _from_scores(policy, reference, layout, given, loss, asked, (workspace, chunk_size), one_pass)
     return _in_two_steps(policy, reference, layout, given, loss, asked, chunk_size)
 
 # %% ../nbs/library/29_one_pass.ipynb #2108d506
@@ -309,7 +338,7 @@ def _one_pass_obstacle(model: nn.Module, ref_model: nn.Module | None, batch: dic
         value = way((hidden, policy[1]._replace(weight=weight), None), reference, layout, given, loss, asked, *size).loss
         return [value.detach(), *torch.autograd.grad(value, [x for x in (hidden, weight) if x.requires_grad])]
     try:
-        with torch.enable_grad(): pairs = list(zip(run(_in_one_pass, (None, size)), run(_in_two_steps, None)))
+        with torch.enable_grad(): pairs = list(zip(run(_from_scores, (None, size)), run(_in_two_steps, None)))
     except ValueError as error: return str(error)
     worst = max(((a - b).abs().max() / b.abs().max().clamp(min=1e-6)).item() for a, b in pairs)
     exact = policy[0].dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(policy[0].device.type)

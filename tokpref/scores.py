@@ -6,29 +6,17 @@
 __all__ = []
 
 # %% ../nbs/library/27_in_place.ipynb #c7cb5d4d
-import threading
-
+import numpy as np
 import torch
 from torch import Tensor
 
 from .stats import Head
 
-# %% ../nbs/library/27_in_place.ipynb #a5caefd7
-class _Pages(threading.local):
-    "Large buffers of this thread that are used again and again: memory fresh from the system costs more than what is computed in it."
-
-    def __init__(self): self.flat: dict[tuple, Tensor] = {}
-
-    def take(self, name: str, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        "The [rows, columns] buffer of that name, with whatever was left in it; made new only if the last one was smaller."
-        key, size = (name, dtype, device), rows * columns
-        if key not in self.flat or self.flat[key].numel() < size:
-            self.flat.pop(key, None)                                # the old pages go before the new ones come
-            with torch.inference_mode(False): self.flat[key] = torch.empty(size, dtype=dtype, device=device)
-        return self.flat[key][:size].view(rows, columns)
-
-
-_pages = _Pages()
+# %% ../nbs/library/27_in_place.ipynb #eb450d91
+def _fresh(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    "An uninitialised matrix; on a CPU in huge pages, where the system has them."
+    if device.type != "cpu": return torch.empty(rows, columns, dtype=dtype, device=device)
+    return torch.from_numpy(np.empty(rows * columns * dtype.itemsize, dtype=np.uint8)).view(dtype).view(rows, columns)
 
 # %% ../nbs/library/27_in_place.ipynb #22ba02e6
 def _normalise(z: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -67,39 +55,46 @@ def _block_gradient(p: Tensor, q: Tensor | None, targets: Tensor, grad_logps: Te
     else: p.mul_((grad_kl - grad_logps)[:, None]).addcmul_(q, -grad_kl[:, None])
     p.scatter_add_(1, targets[:, None], grad_logps[:, None])
 
+# %% ../nbs/library/27_in_place.ipynb #2d12efed
+def _multiply(hidden: Tensor, weight: Tensor, out: Tensor) -> Tensor:
+    "h Wᵀ, [n, V], in `out`."
+    width = 2048 if out.device.type == "cpu" else len(weight)
+    for i in range(0, len(weight), width): torch.mm(hidden, weight[i:i + width].T, out=out[:, i:i + width])
+    return out
+
 # %% ../nbs/library/27_in_place.ipynb #296816e7
 def _wide(dtype: torch.dtype) -> torch.dtype: return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 class _Buffers:
-    "Scores of policy and reference for a chunk of positions, in buffers that are used again and again."
+    "Scores of policy and reference for a chunk of positions, in buffers that every chunk writes over."
 
-    def __init__(self, head: Head, ref_head: Head | None, asked: tuple, sizes: tuple[int | None, int | None], device: torch.device, pair: int = 0):
-        "`sizes`: bytes for all buffers and positions in a chunk, None to choose; `pair`: positions of the largest pair."
+    def __init__(self, head: Head, ref_head: Head | None, asked: tuple, sizes: tuple[int | None, int | None], hidden: Tensor):
+        "`sizes`: bytes for all buffers and positions in a chunk, None to choose; `hidden`: the states [N, H] of all positions."
         same = ref_head is not None and ref_head.weight is head.weight
-        self.head, self.asked, self.device = head.cast(device.type), asked, device
-        self.pages = _pages if device.type == "cpu" else _Pages()
-        self.ref_head = self.head if same or ref_head is None else ref_head.cast(device.type)
+        self.device, self.asked, self.held = hidden.device, asked, {}
+        self.head = head.cast(self.device.type)
+        self.ref_head = self.head if same or ref_head is None else ref_head.cast(self.device.type)
         self.dtype, self.vocabulary = _wide(self.head.weight.dtype), head.weight.shape[0]
         self.both = asked[0] or asked[1]                    # both scores are needed at the same time
         self.low = self.head.weight.dtype != self.dtype
-        least, most = (2**26, 2**28) if device.type == "cpu" else (2**29, 2**30)
-        self.chunk = sizes[1] or (self._fit(sizes[0]) if sizes[0] else min(max(self._fit(least), pair), self._fit(most)))
-        self.block = max(1, 2**18 // self.vocabulary) if device.type == "cpu" else self.chunk      # rows that stay in the cache
-
-    def _fit(self, budget: int) -> int:
-        buffers = 1 + self.both + (self.head.softcap is not None) + 0.5 * self.low + (self.device.type != "cpu")
-        return max(1, int(budget / (buffers * self.dtype.itemsize * self.vocabulary)))
+        on_cpu = self.device.type == "cpu"
+        buffers = 1 + self.both + (self.head.softcap is not None) + 0.5 * self.low + (not on_cpu)
+        fitting = int((sizes[0] or (48 if on_cpu else 1024) * 2**20) / (buffers * self.dtype.itemsize * self.vocabulary))
+        self.chunk = sizes[1] or max(1, min(fitting, len(hidden)))
+        self.block = max(1, 2**18 // self.vocabulary) if on_cpu else self.chunk     # rows that stay in the cache
 
     def buffer(self, name: str, rows: int, dtype: torch.dtype | None = None) -> Tensor:
-        return self.pages.take(name, rows, self.vocabulary, dtype or self.dtype, self.device)
+        "The first rows of the buffer of that name, [rows, V], with whatever was left in them."
+        if name not in self.held: self.held[name] = _fresh(max(rows, self.chunk), self.vocabulary, dtype or self.dtype, self.device)
+        return self.held[name][:rows]
 
     def scores(self, head: Head, hidden: Tensor, name: str) -> Tensor:
         "[n, V] scores in the buffer of that name; with a soft cap also its slope, in the buffer `slope`."
         n, weight = len(hidden), head.weight
         z = self.buffer(name, n)
-        if weight.dtype == self.dtype: torch.mm(hidden.to(weight.dtype), weight.T, out=z)
-        else: z.copy_(torch.mm(hidden.to(weight.dtype), weight.T, out=self.buffer("low", n, weight.dtype)))
+        if weight.dtype == self.dtype: _multiply(hidden.to(weight.dtype), weight, z)
+        else: z.copy_(_multiply(hidden.to(weight.dtype), weight, self.buffer("low", n, weight.dtype)))
         if head.bias is not None: z.add_(head.bias)
         if head.scale != 1.0: z.mul_(head.scale)
         if head.softcap is not None: self._cap(z, head.softcap, name == "policy")
@@ -116,9 +111,14 @@ class _Workspace(_Buffers):
 
     def blocks(self, n: int): return (slice(i, i + self.block) for i in range(0, n, self.block))
 
+    def spare(self) -> Tensor:
+        "One more block [block, V]."
+        if "spare" not in self.held: self.held["spare"] = _fresh(self.block, self.vocabulary, self.dtype, self.device)
+        return self.held["spare"]
+
     def stats(self, hidden: Tensor, ref_hidden: Tensor | None, targets: Tensor) -> dict[str, Tensor]:
         "Statistics of a chunk, each [n]; afterwards the buffers hold the probabilities of the chunk."
-        spare = self.buffer("spare", min(self.block, len(hidden)))
+        spare = self.spare() if self.both or self.asked[2] else hidden      # a DPO that logs nothing needs none
         ref_z, early = None, []
         if ref_hidden is not None:
             ref_z = self.scores(self.ref_head, ref_hidden, "reference" if self.both else "policy")
@@ -128,11 +128,16 @@ class _Workspace(_Buffers):
         return {name: torch.cat([part[name] for part in kind]) for kind in (early, parts) if kind for name in kind[0]}
 
     def refill(self, hidden: Tensor, ref_hidden: Tensor | None) -> None:
-        "The buffers as `stats` leaves them, once more."
-        pairs = [(self.head, hidden, "policy")] + ([(self.ref_head, ref_hidden, "reference")] if self.both else [])
+        "The buffers as `stats` leaves them, once more; without reference states only the policy's."
+        pairs = [(self.head, hidden, "policy")] + ([(self.ref_head, ref_hidden, "reference")] if ref_hidden is not None else [])
         for head, states, name in pairs:
             z = self.scores(head, states, name)
             for b in self.blocks(len(z)): torch.softmax(z[b], -1, out=z[b])
+
+    def keep(self, rows: Tensor) -> None:
+        "Move these rows, in ascending order, to the front of every buffer."
+        for i, j in enumerate(rows.tolist()):
+            for name in self.held.keys() & {"policy", "reference", "slope"} if i != j else (): self.held[name][i] = self.held[name][j]
 
     def gradient(self, targets: Tensor, grad_logps: Tensor, grad_kl: Tensor | None) -> Tensor:
         "[n, V] gradient of the chunk in the buffers with respect to h Wᵀ + b, in the head's dtype; the probabilities are gone."
