@@ -30,9 +30,9 @@ DTYPES = {"cpu": "float32", "cuda": "bfloat16"}
 PARTS = ["steps", "losses", "prompts", "memory"]
 QUIET = {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false"}
 FIRST_GPU = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-OWN = ("own-dpo", "own-tdpo2", "own-entropy-dpo", "own-lean-dpo", "own-lean-tdpo2", "own-recompute-tdpo2",
+OWN = ("own-dpo", "own-tdpo2", "own-entropy-dpo", "own-roomy-dpo", "own-roomy-tdpo2", "own-recompute-tdpo2",
        "own-unshared-dpo", "own-plain-dpo")
-LOSSES = ("own-dpo", "own-tdpo2", "own-tbpo_a")
+LOSSES = ("own-dpo", "own-tdpo2", "own-tbpo_a", "own-roomy-dpo", "own-roomy-tdpo2")
 KEEPING = ("own-dpo", "own-tdpo2", *(n for n in PUBLIC if n != "trl-1.16"))     # with an allocator that keeps its pages too
 FULL = ("own-dpo", "trl-1.16-compact")      # the two that a bar compares under it; the others get three steps
 

@@ -20,7 +20,7 @@ def _loss(name: str, beta: float, alpha: float) -> partial:
 
 
 def plain(policy: nn.Module, reference: nn.Module, batch: dict, loss: partial) -> Callable[[], Tensor]:
-    "token_stats on the padded batch, then the loss: the head at response positions, in chunks, recomputed in backward."
+    "token_stats on the padded batch, then the loss: the head at response positions, in chunks, all statistics first."
     return lambda: loss(*token_stats(policy, reference, batch, kl=loss.func.kl)).mean()
 
 
@@ -34,8 +34,8 @@ def _variants() -> dict[str, tuple[str, dict]]:
     if pair_loss is None: return {}
     has = inspect.signature(pair_loss).parameters
     variants = {"own": ("tokpref {}", {}), "own-entropy": ("tokpref {}, with entropy to log", {"entropy": True}),
-                "own-lean": ("tokpref {}, 32 MiB for scores", {"workspace": 32 * 2**20}),
-                "own-recompute": ("tokpref {}, recomputed in backward", {"one_pass": False}),
+                "own-roomy": ("tokpref {}, 256 MiB for scores", {"workspace": 256 * 2**20}),
+                "own-recompute": ("tokpref {}, all statistics first", {"one_pass": False}),
                 "own-unshared": ("tokpref {}, each prompt twice, padded", {"shared_prompt": False})}
     return {name: (label, switches) for name, (label, switches) in variants.items() if set(switches) <= set(has)}
 

@@ -33,13 +33,12 @@ CPU = (
     Bar("TDPO2 step / released computation", "own-tdpo2", "tdpo-released", (0.09, 0.055)),
     Bar("TDPO2 step / TDPO2 from TRL's kernels", "own-tdpo2", "tdpo-tiles", (0.20, 0.14)),
     Bar("TDPO2 peak / released computation", "own-tdpo2", "tdpo-released", (0.06, 0.015), "peak"),
-    Bar("TDPO2 peak, 32 MiB for scores / released", "own-lean-tdpo2", "tdpo-released", (0.06, 0.015), "peak"),
-    Bar("TDPO2 step, 32 MiB for scores / released", "own-lean-tdpo2", "tdpo-released", (0.09, 0.055)),
     Bar("TDPO2 peak, recomputed / released", "own-recompute-tdpo2", "tdpo-released", (0.06, 0.015), "peak"),
     Bar("TDPO2 step / TDPO2 from TRL's kernels, pages kept", "own-tdpo2", "tdpo-tiles", (None, None), allocator="keeping"),
     Bar("TDPO2 step / released computation, pages kept", "own-tdpo2", "tdpo-released", (None, None), allocator="keeping"),
     Bar("DPO peak / TRL 1.16 compact", "own-dpo", "trl-1.16-compact", (0.20, 0.20), "peak"),
-    Bar("DPO peak, 32 MiB for scores / TRL 1.16 compact", "own-lean-dpo", "trl-1.16-compact", (0.20, 0.20), "peak"),
+    Bar("DPO step, 256 MiB for scores / TRL 1.16 compact", "own-roomy-dpo", "trl-1.16-compact", (0.30, 0.22)),
+    Bar("TDPO2 step / own DPO, 256 MiB for scores, interleaved", "own-roomy-tdpo2", "own-roomy-dpo", (1.05, 1.15), section="losses"),
 )
 CUDA = (
     Bar("DPO step / TRL 1.16", "own-dpo", "trl-1.16", (0.40, 0.40)),

@@ -231,7 +231,7 @@ def test_one_pass_against_finite_differences(needs, size):
         return PairLoss(value, value, value)
     def run(hidden, weight, bias, baseline):
         policy = hidden, Head(weight, bias, 0.5, 2.0), None
-        return 3 * engine._in_one_pass(policy, (ref_hidden, ref_head, None), layout, {"baseline": baseline}, loss, (True, False, False), (None, size)).loss
+        return 3 * engine._from_scores(policy, (ref_hidden, ref_head, None), layout, {"baseline": baseline}, loss, (True, False, False), (None, size)).loss
     shapes, grads = ((8, 3), (7, 3), (7,), (8,)), (needs[0], needs[1], needs[1], True)
     assert torch.autograd.gradcheck(run, [torch.randn(s, dtype=torch.float64, requires_grad=g) for s, g in zip(shapes, grads)])
 

@@ -48,7 +48,7 @@ class PreferenceConfig(TrainingArguments):
     one_pass: bool = field(default=True, metadata={"help": "scores once, gradients on the way; False: scored again in backward"})
     shared_prompt: bool = field(default=True, metadata={"help": "a pair is one packed segment; False: each response has its own prompt"})
     chunk_size: int | None = field(default=None, metadata={"help": "positions scored at a time; None: from workspace"})
-    workspace: int | None = field(default=None, metadata={"help": "bytes for scores; None: 64 to 256 MiB on a CPU, 512 to 1024 elsewhere"})
+    workspace: int | None = field(default=None, metadata={"help": "bytes for scores; None: 48 MiB on a CPU, 1 GiB elsewhere"})
     eval_kl: bool = field(default=True, metadata={"help": "SeqKL and entropy at every evaluation, whatever the loss needs"})
     baseline_learning_rate: float = field(default=1e-3, metadata={"help": "learning rate of TBPO-Q's baseline head"})
     baseline_width: int = field(default=1024, metadata={"help": "width of TBPO-Q's baseline head; 0: linear"})
