@@ -5,16 +5,18 @@
 # %% auto #0
 __all__ = ['SentimentConfig', 'Reviews', 'clean', 'load_reviews', 'template_reviews', 'openings', 'passages', 'text_features',
            'SentimentClassifier', 'train_classifier', 'review_reward', 'review_prompts', 'review_pairs',
-           'estimated_optimum', 'review_metrics', 'prepare_sentiment']
+           'estimated_optimum', 'review_metrics', 'HubSentimentConfig', 'positive_label', 'hub_reward',
+           'prepare_sentiment']
 
 # %% ../../nbs/experiments/40_sentiment.ipynb #14505afb
 import copy
 import math
 import random
 import re
+import shutil
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache, partial
 from itertools import combinations
 from pathlib import Path
@@ -24,11 +26,12 @@ from datasets import Dataset
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 from tqdm import tqdm
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ..data import load_texts
 from ..evaluation import boltzmann_frontier, reward_kl_point, sample, score_samples
 from .compare import TASKS, Problem, Task, read_json, write_json
+from .hub import Precision, SFTConfig, accumulation, checkpointing, load_model, load_tokenizer, lora, pick_precision, sft
 from .scratch import ScratchConfig, Stages, fastest_device, fresh_model, held_out_loss, train_lm, train_tokenizer
 
 # %% ../../nbs/experiments/40_sentiment.ipynb #3dd87d5c
@@ -307,14 +310,78 @@ def _make_pairs(folder: Path, reviews: Reviews, tokenizer, model, reward: Callab
     write_json(folder / "info.json", {"train_prompts": len(prompts), "train_pairs": len(pairs), "train_truncated": cut})
     return f"{len(pairs):,} from {len(prompts):,} prompts"
 
-# %% ../../nbs/experiments/40_sentiment.ipynb #ae9aebf4
+# %% ../../nbs/experiments/40_sentiment.ipynb #3f188c63
 def review_metrics(model, reference, tokenizer, prompts: Sequence, reward: Callable, config: SentimentConfig) -> dict[str, float]:
-    "Reward, KL and entropy of one sample for each prompt, always with the same seed; see `reward_kl_point`."
+    "Reward, KL and entropy of one sample for each prompt, always with the same seed; see `reward_kl_point`. `reference` None: the adapter off."
+    if reference is None and not hasattr(model, "disable_adapter"): reference = model       # the start itself, before it has an adapter
     samples = sample(model, tokenizer, prompts, max_new_tokens=config.context - config.prompt_tokens[1], batch_size=256,
                      seed=config.data_seed + 4, progress=False)
     return reward_kl_point(model, reference, samples, reward, batch_size=64, progress=False)
 
+# %% ../../nbs/experiments/40_sentiment.ipynb #4f779c02
+@dataclass(frozen=True)
+class HubSentimentConfig(SentimentConfig):
+    "The same experiment with a language model and a classifier from the hub; settings of models from scratch are not read."
 
+    model: str = "openai-community/gpt2-large"  # id on the hub, or folder
+    reward_model: str = "siebert/sentiment-roberta-large-english"
+    precision: str = "auto"                 # see pick_precision
+    lora_rank: int = 0                      # 0: every loss trains all weights
+    lora_alpha: int = 0                     # 0: twice the rank
+    gradient_checkpointing: bool = False
+    micro_batch: int = 0                    # pairs, or texts, at a time; 0: all of a step
+    sft_epochs: float = 1.0                 # over the openings of the training reviews
+    sft_batch: int = 64
+    sft_learning_rate: float = 1e-5
+    sft_warmup_steps: int = 150
+
+
+_HUB_STAGES = {"start": ("source", "data_seed", "context", "model", "precision", "lora_rank", "lora_alpha", "sft_epochs", "sft_batch", "sft_learning_rate",
+                         "sft_warmup_steps"),
+               "measure": ("start", "reward_model", *_STAGES["measure"][2:]), "pairs": _STAGES["pairs"]}
+
+# %% ../../nbs/experiments/40_sentiment.ipynb #4bfa9cd9
+def positive_label(labels: dict[int, str]) -> int:
+    "Which output of a classifier means positive. Raises `ValueError` when no label, or more than one, says so."
+    found = [int(i) for i, name in labels.items() if str(name).lower().startswith("pos")]
+    if len(found) != 1: raise ValueError(f"no single label of the classifier begins with 'pos': {sorted(labels.values())}; name another reward_model")
+    return found[0]
+
+
+@torch.no_grad()
+def hub_reward(prompts: Sequence[list[int]], responses: Sequence[str], classifier, classifier_tokenizer, tokenizer, batch_size: int = 64) -> Tensor:
+    "[N] P(positive) of prompt (ids) and response (text) together, by a sequence classifier of transformers."
+    texts, device, found = [tokenizer.decode(p) + r for p, r in zip(prompts, responses)], next(classifier.parameters()).device, []
+    for i in range(0, len(texts), batch_size):
+        batch = classifier_tokenizer(texts[i:i + batch_size], return_tensors="pt", padding=True, truncation=True, max_length=512).to(device)
+        found.append(classifier(**batch).logits.float().softmax(-1)[:, positive_label(classifier.config.id2label)].cpu())
+    return torch.cat(found)
+
+# %% ../../nbs/experiments/40_sentiment.ipynb #ae9aebf4
+def _make_start(folder: Path, reviews: Reviews, tokenizer, config: HubSentimentConfig, precision: Precision, progress: bool) -> str:
+    rows = openings([*reviews.train, *reviews.unlabelled], tokenizer, config.context)
+    settings = SFTConfig(config.sft_epochs, config.sft_batch, config.micro_batch, config.sft_learning_rate, config.sft_warmup_steps, "adamw_torch",
+                         max_grad_norm=1.0, lora_rank=config.lora_rank, gradient_checkpointing=config.gradient_checkpointing)
+    data = Dataset.from_list([{"input_ids": row, "attention_mask": [1] * len(row), "labels": row} for row in rows])
+    start = load_model(config.model, precision.frozen if config.lora_rank else torch.float32)
+    model = sft(start, tokenizer, data, settings, folder.with_suffix(".checkpoints"), precision, progress)
+    model.save_pretrained(folder)
+    shutil.rmtree(folder.with_suffix(".checkpoints"), ignore_errors=True)
+    test = held_out_loss(model, openings(reviews.test[::10], tokenizer, config.context))
+    write_json(folder / "info.json", {"parameters": sum(p.numel() for p in model.parameters()), "openings": len(rows), "test_loss": test})
+    return f"{config.model} on {len(rows):,} openings, {test:.3f} nats a token on the test split"
+
+
+def _hub_start_and_reward(config: HubSentimentConfig, stages: Stages, reviews: Callable, precision: Precision) -> tuple:
+    "As `_start_and_reward`, with a language model and a classifier from the hub."
+    tokenizer = load_tokenizer(config.model)
+    place = stages.run("start", lambda f: _make_start(f, reviews(), tokenizer, config, precision, stages.progress))
+    model = load_model(str(place), precision.frozen if config.lora_rank else torch.float32)
+    classifier = AutoModelForSequenceClassification.from_pretrained(config.reward_model).to(fastest_device()).eval()
+    reward = partial(hub_reward, classifier=classifier, classifier_tokenizer=AutoTokenizer.from_pretrained(config.reward_model), tokenizer=tokenizer)
+    return tokenizer, model, reward, {"model": read_json(place / "info.json"), "classifier": {"name": config.reward_model}}
+
+# %% ../../nbs/experiments/40_sentiment.ipynb #eaeb9468
 def _start_and_reward(config: SentimentConfig, stages: Stages, reviews: Callable) -> tuple:
     "Tokenizer, language model and reward, from the first three stages; and what was measured of them."
     place = stages.run("tokenizer", lambda f: _make_tokenizer(f, reviews(), config))
@@ -330,26 +397,42 @@ def _start_and_reward(config: SentimentConfig, stages: Stages, reviews: Callable
 
 def prepare_sentiment(config: SentimentConfig, folder: Path, progress: bool = True, seed: int = 0) -> Problem:
     "Film reviews as a `Problem`, every stage kept in `folder`; the pairs to train on are drawn with `seed`."
-    stages, reviews = Stages(config, Path(folder), _STAGES, progress), cache(lambda: load_reviews(config.source))
-    tokenizer, model, reward, info = _start_and_reward(config, stages, reviews)
-    start = tokenizer, model, reward, config, progress
-    place = stages.run("measure", lambda f: _make_measure(f, reviews(), *start))
-    held_out, rest = Dataset.from_parquet(str(place / "eval.parquet")), read_json(place / "rest.json")
-    place = stages.run("pairs", lambda f: _make_pairs(f, reviews(), *start, seed, rest["avoid"]), seed=seed)
-    train = Dataset.from_parquet(str(place / "train.parquet"))
-    info |= {**rest["info"], **read_json(place / "info.json"), "optimum": "estimated from samples of the start"}
-    reference = copy.deepcopy(model).eval().requires_grad_(False)
-    evaluate = partial(review_metrics, reference=reference, tokenizer=tokenizer, prompts=rest["prompts"], reward=reward, config=config)
-    return Problem(tokenizer, model, train, held_out, evaluate, rest["optimum"], info, reward=reward, prompts=rest["prompts"],
-                   max_new_tokens=config.context - config.prompt_tokens[1])
+    hub, reviews, more = isinstance(config, HubSentimentConfig), cache(lambda: load_reviews(config.source)), {}
+    stages = Stages(config, Path(folder), _HUB_STAGES if hub else _STAGES, progress)
+    if hub:
+        precision = pick_precision(config.precision)
+        more = {**precision.arguments(), **accumulation(config.batch_size, config.micro_batch), **checkpointing(config.gradient_checkpointing)}
+        if precision.mixed == "fp16": more["one_pass"] = False      # gradients are scaled in the usual backward pass only
+    start = tokenizer, model, reward, info = _hub_start_and_reward(config, stages, reviews, precision) if hub else _start_and_reward(config, stages, reviews)
+    adapter = lora(config.lora_rank, config.lora_alpha) if hub and config.lora_rank else None
+    problem = _measured(config, stages, reviews, start[:3], None if adapter else copy.deepcopy(model).eval().requires_grad_(False), seed)
+    return replace(problem, info={**info, **problem.info}, adapter=adapter, arguments=more)
 
-# %% ../../nbs/experiments/40_sentiment.ipynb #08249be4
+
+def _measured(config: SentimentConfig, stages: Stages, reviews: Callable, start: tuple, reference, seed: int) -> Problem:
+    "Prompts, held-out pairs, optimum and the pairs of a seed, from a tokenizer, a model and a reward."
+    tokenizer, model, reward = start
+    place = stages.run("measure", lambda f: _make_measure(f, reviews(), *start, config, stages.progress))
+    held_out, rest = Dataset.from_parquet(str(place / "eval.parquet")), read_json(place / "rest.json")
+    place = stages.run("pairs", lambda f: _make_pairs(f, reviews(), *start, config, stages.progress, seed, rest["avoid"]), seed=seed)
+    info = {**rest["info"], **read_json(place / "info.json"), "optimum": "estimated from samples of the start"}
+    evaluate = partial(review_metrics, reference=reference, tokenizer=tokenizer, prompts=rest["prompts"], reward=reward, config=config)
+    return Problem(tokenizer, model, Dataset.from_parquet(str(place / "train.parquet")), held_out, evaluate, rest["optimum"], info, reward=reward,
+                   prompts=rest["prompts"], max_new_tokens=config.context - config.prompt_tokens[1])
+
+# %% ../../nbs/experiments/40_sentiment.ipynb #7bf4ce10
 _SWEEP = {"dpo": {"beta": (0.03, 0.3)}, "tdpo1": {"beta": (0.03, 0.3)}, "tdpo2": {"beta": (0.03, 0.3), "alpha": (0.1, 1.0)},
           "adpo": {"window": (4,)}, "tbpo_a": {"generator": ("logistic",)}}
+_HUB_SWEEP = {"dpo": {"beta": (0.05, 1.0, 5.0)}, "tdpo1": {"beta": (0.05, 1.0, 5.0)}, "tdpo2": {"alpha": (0.1, 0.3, 0.7)},
+              "adpo": {"window": (4, 16)}, "tbpo_a": {"generator": ("logistic",)}}
 
 TASKS["sentiment"] = Task("sentiment", "film reviews: please a classifier, stay near the start", {
-    "nano": SentimentConfig(beta=0.1, learning_rate=2e-4, steps=60, eval_steps=20, warmup_steps=6, batch_size=32, seeds=(0, 1, 2), sweep=_SWEEP),
+    "nano": SentimentConfig(beta=0.1, learning_rate=1e-4, steps=60, eval_steps=20, warmup_steps=20, batch_size=32, seeds=(0, 1, 2), sweep=_SWEEP),
     "smoke": SentimentConfig(source="templates", vocab_size=400, context=32, hidden_size=32, layers=1, heads=2, lm_tokens=60_000, lm_batch=16,
                              lm_learning_rate=1e-2, features=2**14, classifier_batch=16,
                              train_prompts=40, eval_pair_prompts=12, eval_prompts=32, frontier_prompts=8, frontier_samples=32, beta=0.1,
-                             learning_rate=1e-3, steps=12, eval_steps=6, batch_size=16)}, prepare_sentiment)
+                             learning_rate=1e-3, steps=12, eval_steps=6, batch_size=16),
+    "colab": HubSentimentConfig(lora_rank=32, sft_learning_rate=2e-4, micro_batch=16, prompt_tokens=(2, 8), train_prompts=4000, frontier_prompts=32,
+                                beta=0.1, learning_rate=2e-5, batch_size=64, steps=400, eval_steps=100, warmup_steps=40, sweep=_HUB_SWEEP),
+    "paper": HubSentimentConfig(micro_batch=32, prompt_tokens=(2, 8), train_prompts=25_000, eval_prompts=1024, beta=0.1, learning_rate=5e-6, batch_size=64,
+                                steps=2300, eval_steps=100, warmup_steps=150, seeds=(0, 1, 2), sweep=_HUB_SWEEP)}, prepare_sentiment)
