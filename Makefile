@@ -14,7 +14,7 @@ QUIET  := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false TQ
 RECIPE := settings.ini setup.py pyproject.toml $(CONSTRAINTS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-min check test-notebooks test-python prepare notebooks site test-site bench hooks clean
+.PHONY: help demo test test-min check test-notebooks test-python prepare notebooks results site test-site bench hooks clean
 .NOTPARALLEL:
 
 help:  ## list the commands
@@ -47,10 +47,16 @@ notebooks: $(VENV)/.dev  ## run every notebook top to bottom and store its outpu
 	$(QUIET) $(BIN)/python tools/run_notebooks.py $(NB)
 	$(BIN)/nbdev_clean
 
+results: $(VENV)/.dev  ## every measured number that a notebook or the README shows is in a file of results/
+	@$(QUIET) $(BIN)/python tools/results.py
+
 site: $(VENV)/.site  ## render the site into _site, without Quarto (needs Node)
 	@$(BIN)/python tools/build_site.py
 
-test-site: $(VENV)/.site  ## look at every page of the site in a browser (needs Node, chromium and chromium-driver)
+test-results: $(VENV)/.dev  ## every measured number that a notebook or the README shows is in a file of results/
+	@$(QUIET) $(BIN)/python tools/results.py
+
+site: $(VENV)/.site  ## look at every page of the site in a browser (needs Node, chromium and chromium-driver)
 	@$(QUIET) $(BIN)/python -m pytest tests/test_site.py
 
 hooks: $(VENV)/.dev  ## install the git hooks that keep notebooks clean and merge them cell by cell
