@@ -25,8 +25,9 @@ _SCRATCH = dict(hidden_size=128, layers=4, heads=4, lm_batch=32, lm_tokens=1_000
                 sft_warmup_steps=10)
 
 TASKS["dialogue"] = Task("dialogue", "replies that people chose", {
-    "nano": DialogueConfig(data_dir="harmless-base", train_split="test", test_split="", eval_pairs=400, max_length=160, max_prompt_length=96, prompts=48,
-                           max_new_tokens=48, nucleus_samples=5, eval_batch=32, seeds=(0, 1, 2), steps=60, eval_steps=30, batch_size=16, learning_rate=2e-4, **_SCRATCH),
+    "nano": DialogueConfig(data_dir="harmless-base", train_split="test", test_split="", eval_pairs=400, max_length=160, max_prompt_length=96, prompts=32,
+                           max_new_tokens=48, nucleus_samples=4, eval_batch=32, losses=("dpo", "dpo-fkl", "tdpo1", "tdpo2", "adpo", "tbpo_a"), seeds=(0, 1, 2),
+                           steps=30, eval_steps=15, batch_size=16, learning_rate=5e-5, **_SCRATCH),
     "smoke": DialogueConfig(source="made-up", test_split="", train_pairs=120, eval_pairs=40, vocab_size=320, context=48, hidden_size=32, layers=1, heads=2,
                             lm_tokens=30_000, lm_batch=16, lm_learning_rate=1e-2, max_length=48, prompts=8, max_new_tokens=16, nucleus_samples=3, eval_batch=64,
                             steps=6, eval_steps=3, batch_size=16, learning_rate=3e-3, losses=("dpo", "tdpo2")),

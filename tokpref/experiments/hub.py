@@ -9,7 +9,6 @@ __all__ = ['MATCHED', 'SUITES', 'PAIR_COLUMNS', 'Precision', 'pick_precision', '
            'text_rows', 'prepare_pairs', 'pair_table', 'measured_runs']
 
 # %% ../../nbs/experiments/33_hub_models.ipynb #a54ec7c2
-import copy
 import importlib.util
 import json
 import logging
@@ -472,10 +471,9 @@ def prepare_pairs(config: HubConfig, folder: Path, progress: bool = True, seed: 
     train, held = (_prepared(rows, tokenizer, config, name) for name, rows in (("train", pairs.train), ("eval", pairs.eval)))
     if config.sft_epochs: model = _tuned(config, model, tokenizer, pairs.sft, stages, precision)
     adapter = lora(config.lora_rank, config.lora_alpha) if config.lora_rank else None
-    reference = None if adapter else copy.deepcopy(model).eval().requires_grad_(False)
     ask = _first_of_each_prompt(held, config.prompts)
     asked = [(pairs.eval[i]["prompt"], _as_text(pairs.eval[i]["chosen"])) for i in ask["row"]]
-    measure = PairMeasure(tokenizer, reference, held, list(ask["prompt_ids"]), config, precision.mixed, _judge(config, Path(folder), progress), asked)
+    measure = PairMeasure(tokenizer, None if adapter else model.eval(), held, list(ask["prompt_ids"]), config, precision.mixed, _judge(config, Path(folder), progress), asked)
     more = {**precision.arguments(), **accumulation(config.batch_size, config.micro_batch), **checkpointing(config.gradient_checkpointing)}
     if precision.mixed == "fp16": more["one_pass"] = False      # one pass keeps gradients before they are scaled: small ones would be lost
     info = {**pairs.info, "model": about, "precision": precision.mixed, "longer is better": length_baseline(held)}
