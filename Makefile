@@ -14,7 +14,7 @@ QUIET  := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false TQ
 RECIPE := settings.ini setup.py pyproject.toml $(CONSTRAINTS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-min check test-notebooks test-python prepare notebooks results site test-site bench hooks clean
+.PHONY: help demo test test-min check test-notebooks test-python prepare notebooks results site test-site bench gpu gpu-data hooks clean
 .NOTPARALLEL:
 
 help:  ## list the commands
@@ -68,6 +68,12 @@ test-min:  ## the same tests with the oldest versions that settings.ini allows
 
 bench: $(VENV)/.bench  ## time and memory of a training step beside public peers (BENCH=--quick: tiny, no peers)
 	@$(BIN)/python benchmarks/engine.py $(BENCH)
+
+gpu:  ## on a machine with a GPU and a Python of its own: tests, benchmark, experiments, within 25 minutes (GPU="--only tests")
+	$(PYTHON) tools/gpu.py $(GPU)
+
+gpu-data: $(VENV)/.base  ## fill .gpu/ with the data and the small packages that such a machine may lack
+	$(BIN)/python tools/gpu.py --carry $(GPU)
 
 clean:  ## remove what these commands made (the environments too)
 	rm -rf .venv .venv-min _proc _docs _site build dist *.egg-info .pytest_cache .ruff_cache

@@ -1,0 +1,175 @@
+"""Everything that is worth a GPU, in order of value: `make gpu`, or `python tools/gpu.py [--minutes 24] [--only PART ...] [--quick]`.
+
+Each part runs in a process of its own and ends in one file in results/, or in $OUT where that is set. What is there already is left
+alone, a part that fails does not stop the others, and nothing starts after the time is up; a comparison that was cut off goes on
+where it stopped. The machine needs torch, transformers, peft, accelerate, pytest, pandas and pyarrow of its own; what else is missing
+comes, with the data, from .gpu/, which `make gpu-data` fills here and which is to be carried there beside the repository.
+"""
+import argparse
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+CARRIED = ROOT / ".gpu"
+DATA = ("stanfordnlp/imdb", "openai/gsm8k", "gsm8k-preferences", "alpaca_eval-preferences")
+WHEELS = ("datasets", "dill", "multiprocess", "xxhash")     # small, and seldom on a machine for training
+LIMIT = 64      # MiB that a machine may take
+ENGINE = ("own-dpo", "own-tdpo2", "own-lean-tdpo2", "own-unshared-dpo", "own-plain-dpo", "tdpo-released")
+
+
+class Comparison(NamedTuple):
+    "A run of `tokpref compare` that is made here."
+
+    task: str
+    profile: str
+    overrides: dict = {}
+
+
+COMPARISONS = {
+    "sentiment": Comparison("sentiment", "gpu"),
+    "math": Comparison("math", "gpu"),
+    "instructions": Comparison("instructions", "gpu")}
+PARTS = {"tests": "cuda-tests.json", "engine": "engine-cuda.json"} | {name: f"{name}-gpu.json" for name in COMPARISONS}
+
+
+# What each part does, in its own process
+
+def run_tests(args, target: Path) -> None:
+    "tests/test_cuda.py; its counts, and the names of what failed."
+    from tokpref.experiments.compare import hardware, versions, write_json
+    report = Path(tempfile.mkdtemp()) / "junit.xml"
+    env = os.environ | ({"TOKPREF_TEST_DEVICE": "cpu"} if args.device == "cpu" else {})
+    picked = ["-k", "float32 and (Llama or dpo) or a_step or samples"] if args.quick else []
+    done = subprocess.run([sys.executable, "-m", "pytest", "tests/test_cuda.py", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *picked], cwd=ROOT, env=env)
+    suite = ElementTree.parse(report).getroot().find("testsuite")
+    counts = {name: int(suite.get(name)) for name in ("tests", "failures", "errors", "skipped")}
+    bad = [case.get("name") for case in suite.iter("testcase") if case.find("failure") is not None or case.find("error") is not None]
+    write_json(target, {"tests": "cuda", **counts, "failed": bad, "seconds": float(suite.get("time")), "versions": versions(), "hardware": hardware()})
+    if done.returncode: raise RuntimeError(f"{len(bad)} of {counts['tests']} tests failed")
+
+
+def run_engine(args, target: Path) -> None:
+    "The benchmark of the engine, without the parts that need public peers."
+    options = ["--quick"] if args.quick else ["--parts", "steps", "losses", "prompts", "--only", *ENGINE]
+    subprocess.run([sys.executable, "benchmarks/engine.py", "--device", args.device, *options, "--out", target], cwd=ROOT, check=True)
+
+
+def run_comparison(args, target: Path) -> None:
+    "All losses, one seed after the other; the file is there after the first and grows."
+    from tokpref.experiments.compare import compare, comparison_table, find_task, write_json
+    task, profile, overrides = COMPARISONS[args.part]
+    if args.quick: profile, overrides = "smoke", {"losses": ["dpo", "tdpo2"], "seeds": [0, 1]}
+    name, config = find_task(task).configure(profile, overrides)
+    for n in range(1, len(config.seeds) + 1):
+        record = compare(task, name, seeds=config.seeds[:n], out=ROOT / "runs" / f"{task}-{'quick' if args.quick else name}", overrides=overrides)
+        write_json(target, record | {"complete": n == len(config.seeds)})
+    print(comparison_table(record))
+
+
+# The machine and what is carried to it
+
+def environment() -> dict:
+    "The variables of every part: this folder first, then what was carried."
+    data = os.environ.get("TOKPREF_DATA") or (str(CARRIED / "data") if (CARRIED / "data").is_dir() else "")
+    paths = [str(ROOT), *([str(CARRIED / "site")] if (CARRIED / "site").is_dir() else []), os.environ.get("PYTHONPATH", "")]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
+                         "PYTHONUNBUFFERED": "1", "MPLBACKEND": "agg", **({"TOKPREF_DATA": data} if data else {})}
+
+
+def install() -> None:
+    "Unpack the carried wheels of packages that this machine does not have. Exits with a word if something is still missing."
+    wheels = [wheel for wheel in sorted((CARRIED / "wheels").glob("*.whl")) if importlib.util.find_spec(wheel.name.split("-")[0]) is None]
+    if wheels and not (CARRIED / "site").is_dir():
+        subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--target", CARRIED / "site", *wheels], check=True)
+    done = subprocess.run([sys.executable, "-c", "import tokpref.experiments.compare"], cwd=ROOT, env=environment(), capture_output=True, text=True)
+    if done.returncode: sys.exit(f"tokpref can't be imported here: {done.stderr.strip().splitlines()[-1]}\nfill .gpu/ with `make gpu-data` and carry it along")
+
+
+def carry(python: str) -> None:
+    "Fill .gpu/ with data and wheels, and say how large it is."
+    source = os.environ.get("TOKPREF_DATA")
+    if not source: sys.exit("set TOKPREF_DATA to the folder with the data")
+    shutil.rmtree(CARRIED, ignore_errors=True)
+    for name in DATA: shutil.copytree(Path(source) / name, CARRIED / "data" / name, copy_function=shutil.copyfile)
+    subprocess.run([sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:", "--python-version", python, "--implementation", "cp",
+                    "--platform", "manylinux_2_28_x86_64", "--platform", "manylinux_2_17_x86_64", "--platform", "manylinux2014_x86_64", "-d", CARRIED / "wheels", *WHEELS], check=True)
+    mib = lambda paths: sum(path.stat().st_size for path in paths if path.is_file()) / 2**20
+    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
+    sizes = {"data": mib((CARRIED / "data").rglob("*")), "wheels": mib((CARRIED / "wheels").rglob("*")), "repository": mib(ROOT / name for name in tracked if name)}
+    print(f".gpu/ is ready for Python {python}: " + ", ".join(f"{name} {size:.1f} MiB" for name, size in sizes.items()) + f"; {sum(sizes.values()):.1f} of {LIMIT} MiB in all")
+
+
+# All parts
+
+def finished(target: Path) -> bool:
+    "Whether a result is there, whole and without failures."
+    if not target.exists(): return False
+    record = json.loads(target.read_text(encoding="utf-8"))
+    return record.get("complete", True) and not record.get("failed")
+
+
+def in_a_process(name: str, args, target: Path, seconds: float) -> str:
+    "Run one part for at most so long; how it ended."
+    command = [sys.executable, __file__, "--part", name, "--device", args.device, *(["--quick"] if args.quick else []), "--target", target]
+    part = subprocess.Popen(command, cwd=ROOT, env=environment(), start_new_session=True)
+    try: code = part.wait(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(part.pid, signal.SIGTERM)
+        part.wait()
+        return "cut off; run again to go on"
+    except BaseException:
+        os.killpg(part.pid, signal.SIGTERM)
+        raise
+    return "done" if code == 0 else f"failed ({code})"
+
+
+def run_all(args) -> int:
+    "Every part that is wanted and not there; a line for each at the end."
+    out = ROOT / "runs" / "gpu-quick" if args.quick else Path(os.environ.get("OUT") or ROOT / "results")
+    out.mkdir(parents=True, exist_ok=True)
+    began, lines = time.monotonic(), []
+    left = lambda: 60 * args.minutes - (time.monotonic() - began)
+    for name in args.only or PARTS:
+        target, start = out / PARTS[name], time.monotonic()
+        if not args.quick and any(finished(folder / PARTS[name]) for folder in (ROOT / "results", out)): how = "there already"
+        elif left() < 20: how = "not started; the time is up"
+        else:
+            print(f"\n== {name}, {left() / 60:.1f} minutes left", flush=True)
+            how = in_a_process(name, args, target, left())
+        lines.append(f"{name:<14} {how:<28} {time.monotonic() - start:>6.0f} s   {PARTS[name] if target.exists() else ''}")
+    print(f"\n{'part':<14} {'':<28} {'':>8}   file in {out.name}/", *lines, sep="\n")
+    return int(any("failed" in line for line in lines))
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Everything that is worth a GPU, in order of value.")
+    parser.add_argument("--minutes", type=float, default=24, help="time for all parts together (default 24)")
+    parser.add_argument("--only", nargs="+", choices=PARTS, help="these parts (default: all)")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: to try the parts, with --quick")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, files in runs/gpu-quick: does it run?")
+    parser.add_argument("--carry", action="store_true", help="fill .gpu/ with data and wheels instead")
+    parser.add_argument("--python", default="3.12", help="Python of the machine that .gpu/ is for (default 3.12)")
+    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
+    parser.add_argument("--target", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.carry: return carry(args.python) or 0
+    if args.part:
+        sys.path.insert(0, str(ROOT))
+        {"tests": run_tests, "engine": run_engine}.get(args.part, run_comparison)(args, args.target)
+        return 0
+    install()
+    return run_all(args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
