@@ -13,12 +13,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
 
-from datasets import Dataset
-
 from ..data import load_texts
 from ..evaluation import sample
 from .compare import TASKS, Problem, Task, read_json, write_json
-from .hub import _STAGES, HubConfig, _arithmetic, count_words, measured_runs, pair_table, prepare_pairs, wins
+from .hub import _STAGES, HubConfig, _arithmetic, count_words, prepare_pairs, wins
 from .judges import BETTER_SUMMARY, open_judge
 from .scratch import Stages
 
@@ -112,7 +110,7 @@ TASKS["summarization"] = Task("summarization", "summaries that people chose", {
                                  micro_batch=4, gradient_checkpointing=True, prompts=32, posts=128, temperatures=(0.0, 0.5, 1.0), beta=0.5, steps=90, eval_steps=30,
                                  batch_size=32, learning_rate=1e-4, losses=("dpo", "tdpo2", "adpo", "tbpo_a")),
     "smoke": SummarizationConfig(source="made-up", test_split="", train_pairs=120, eval_pairs=40, vocab_size=320, context=80, hidden_size=32, layers=1, heads=2,
-                                 lm_tokens=60_000, lm_batch=16, lm_learning_rate=1e-2, max_length=80, prompts=8, max_new_tokens=16, eval_batch=64, posts=24,
+                                 lm_tokens=40_000, lm_batch=16, lm_learning_rate=1e-2, max_length=80, prompts=8, max_new_tokens=16, eval_batch=64, posts=24,
                                  temperatures=(0.0, 1.0), steps=6, eval_steps=3, batch_size=16, learning_rate=3e-3, losses=("dpo", "tdpo2")),
     "paper": SummarizationConfig(model="CarperAI/openai_summarize_tldr_sft", tokenizer_name="EleutherAI/gpt-j-6b", judge="gpt-4@https://api.openai.com/v1", eval_pairs=2000,
                                  max_length=640, max_prompt_length=560, micro_batch=2, gradient_checkpointing=True, eval_batch=8, beta=0.5, steps=1400, eval_steps=200,
