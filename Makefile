@@ -53,10 +53,7 @@ results: $(VENV)/.dev  ## every measured number that a notebook or the README sh
 site: $(VENV)/.site  ## render the site into _site, without Quarto (needs Node)
 	@$(BIN)/python tools/build_site.py
 
-test-results: $(VENV)/.dev  ## every measured number that a notebook or the README shows is in a file of results/
-	@$(QUIET) $(BIN)/python tools/results.py
-
-site: $(VENV)/.site  ## look at every page of the site in a browser (needs Node, chromium and chromium-driver)
+test-site: $(VENV)/.site  ## look at every page of the site in a browser (needs Node, chromium and chromium-driver)
 	@$(QUIET) $(BIN)/python -m pytest tests/test_site.py
 
 hooks: $(VENV)/.dev  ## install the git hooks that keep notebooks clean and merge them cell by cell

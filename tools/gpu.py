@@ -24,21 +24,28 @@ CARRIED = ROOT / ".gpu"
 DATA = ("stanfordnlp/imdb", "openai/gsm8k", "gsm8k-preferences", "alpaca_eval-preferences")
 WHEELS = ("datasets", "dill", "multiprocess", "xxhash")     # small, and seldom on a machine for training
 LIMIT = 64      # MiB that a machine may take
+ALL = 99        # seeds: all of a profile
 ENGINE = ("own-dpo", "own-tdpo2", "own-lean-tdpo2", "own-unshared-dpo", "own-plain-dpo", "tdpo-released")
 
 
 class Comparison(NamedTuple):
-    "A run of `tokpref compare` that is made here."
+    "A task and profile of `tokpref compare`, and what is larger here."
 
     task: str
     profile: str
-    overrides: dict = {}
+    overrides: dict
 
 
 COMPARISONS = {
-    "sentiment": Comparison("sentiment", "gpu"),
-    "math": Comparison("math", "gpu"),
-    "instructions": Comparison("instructions", "gpu")}
+    "sentiment": Comparison("sentiment", "nano", dict(      # 91 million weights
+        vocab_size=8192, context=96, hidden_size=768, layers=12, heads=12, lm_tokens=40_000_000, lm_batch=256, lm_learning_rate=6e-4, train_prompts=2000,
+        eval_prompts=512, eval_pair_prompts=128, frontier_samples=128, max_length=96, batch_size=64, steps=240, eval_steps=60, learning_rate=1e-5, seeds=[0, 1, 2])),
+    "math": Comparison("math", "nano", dict(                # the same start, more of everything that a loss sees and is measured on
+        train_problems=4000, eval_problems=2000, eval_pair_problems=400, batch_size=64, steps=200, eval_steps=50, seeds=[0, 1, 2])),
+    "instructions": Comparison("instructions", "nano", dict(        # 32 million weights, answers of up to 300 words
+        vocab_size=8192, context=512, hidden_size=512, layers=8, heads=8, lm_tokens=30_000_000, lm_batch=64, lm_learning_rate=1e-3, max_words=300, max_length=768,
+        max_prompt_length=256, prompts=100, max_new_tokens=256, eval_batch=64, sft_batch=32, batch_size=32, steps=200, eval_steps=100, learning_rate=2e-5,
+        losses=["dpo", "tdpo1", "tdpo2", "adpo", "bpo", "tbpo_q", "tbpo_a"], seeds=[0, 1, 2]))}
 PARTS = {"tests": "cuda-tests.json", "engine": "engine-cuda.json"} | {name: f"{name}-gpu.json" for name in COMPARISONS}
 
 
@@ -65,14 +72,16 @@ def run_engine(args, target: Path) -> None:
 
 
 def run_comparison(args, target: Path) -> None:
-    "All losses, one seed after the other; the file is there after the first and grows."
+    "All losses, for the first seeds."
+    import torch
     from tokpref.experiments.compare import compare, comparison_table, find_task, write_json
+    torch.set_float32_matmul_precision("high")      # TF32 where a product is not in bfloat16 anyway
     task, profile, overrides = COMPARISONS[args.part]
     if args.quick: profile, overrides = "smoke", {"losses": ["dpo", "tdpo2"], "seeds": [0, 1]}
-    name, config = find_task(task).configure(profile, overrides)
-    for n in range(1, len(config.seeds) + 1):
-        record = compare(task, name, seeds=config.seeds[:n], out=ROOT / "runs" / f"{task}-{'quick' if args.quick else name}", overrides=overrides)
-        write_json(target, record | {"complete": n == len(config.seeds)})
+    _, config = find_task(task).configure(profile, overrides)
+    seeds = config.seeds[:args.seeds]
+    record = compare(task, profile, seeds=seeds, out=ROOT / "runs" / f"gpu-{'quick-' * args.quick}{task}", overrides=overrides, progress=sys.stderr.isatty())
+    write_json(target, record | {"profile": "gpu", "of": profile, "float32_matmul": "tf32", "complete": len(seeds) == len(config.seeds)})
     print(comparison_table(record))
 
 
@@ -111,43 +120,43 @@ def carry(python: str) -> None:
 
 # All parts
 
-def finished(target: Path) -> bool:
-    "Whether a result is there, whole and without failures."
+def finished(target: Path, seeds: int) -> bool:
+    "Whether a result is there, without failures and with so many seeds, or with all."
     if not target.exists(): return False
     record = json.loads(target.read_text(encoding="utf-8"))
-    return record.get("complete", True) and not record.get("failed")
+    return not record.get("failed") and (record.get("complete", True) or len(record["seeds"]) >= seeds)
 
 
-def in_a_process(name: str, args, target: Path, seconds: float) -> str:
+def in_a_process(name: str, seeds: int, args, target: Path, seconds: float) -> str:
     "Run one part for at most so long; how it ended."
-    command = [sys.executable, __file__, "--part", name, "--device", args.device, *(["--quick"] if args.quick else []), "--target", target]
+    command = [sys.executable, __file__, "--part", name, "--device", args.device, "--seeds", str(seeds), *(["--quick"] if args.quick else []), "--target", target]
     part = subprocess.Popen(command, cwd=ROOT, env=environment(), start_new_session=True)
     try: code = part.wait(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        os.killpg(part.pid, signal.SIGTERM)
-        part.wait()
-        return "cut off; run again to go on"
-    except BaseException:
-        os.killpg(part.pid, signal.SIGTERM)
-        raise
+    except subprocess.TimeoutExpired: return "cut off; run again to go on"
+    finally:
+        if part.poll() is None:
+            os.killpg(part.pid, signal.SIGTERM)
+            part.wait()
     return "done" if code == 0 else f"failed ({code})"
 
 
 def run_all(args) -> int:
-    "Every part that is wanted and not there; a line for each at the end."
+    "Every part that is wanted and not there, comparisons first with one seed and then with all; a line for each at the end."
     out = ROOT / "runs" / "gpu-quick" if args.quick else Path(os.environ.get("OUT") or ROOT / "results")
+    if args.quick: shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True, exist_ok=True)
-    began, lines = time.monotonic(), []
+    began, lines, wanted = time.monotonic(), [], args.only or list(PARTS)
     left = lambda: 60 * args.minutes - (time.monotonic() - began)
-    for name in args.only or PARTS:
+    for name, seeds in [(name, 1) for name in wanted] + [(name, ALL) for name in wanted if name in COMPARISONS]:
         target, start = out / PARTS[name], time.monotonic()
-        if not args.quick and any(finished(folder / PARTS[name]) for folder in (ROOT / "results", out)): how = "there already"
+        if any(finished(folder / PARTS[name], seeds) for folder in ([out] if args.quick else [out, ROOT / "results"])): how = "there already"
         elif left() < 20: how = "not started; the time is up"
         else:
             print(f"\n== {name}, {left() / 60:.1f} minutes left", flush=True)
-            how = in_a_process(name, args, target, left())
-        lines.append(f"{name:<14} {how:<28} {time.monotonic() - start:>6.0f} s   {PARTS[name] if target.exists() else ''}")
-    print(f"\n{'part':<14} {'':<28} {'':>8}   file in {out.name}/", *lines, sep="\n")
+            how = in_a_process(name, seeds, args, target, left())
+        what = name + (", all seeds" if seeds == ALL else ", one seed" if name in COMPARISONS else "")
+        lines.append(f"{what:<26} {how:<28} {time.monotonic() - start:>6.0f} s   {PARTS[name] if target.exists() else ''}")
+    print(f"\n{'part':<26} {'':<28} {'':>8}   file in {out.name}/", *lines, sep="\n")
     return int(any("failed" in line for line in lines))
 
 
@@ -161,6 +170,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--python", default="3.12", help="Python of the machine that .gpu/ is for (default 3.12)")
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
     parser.add_argument("--target", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--seeds", type=int, default=1, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.carry: return carry(args.python) or 0
     if args.part:
