@@ -73,7 +73,7 @@ class Bench:
         kept = {k: v for k, v in what.items() if k != "file"}
         for name, result in results.items():
             if len(results) > 1: result["peak"] = None      # of several in one process only the first starts from a clean state
-            self.runs.append({"section": section, "contender": name, "allocator": allocator, **kept, **result})
+            self.runs.append({"section": section, "contender": name, "label": CONTENDERS[name].label, "allocator": allocator, **kept, **result})
         print(f"{time.time() - self.started:5.0f} s  {label}: {', '.join(map(report.in_brief, results.values()))}", flush=True)
 
     def steps(self, shapes: list[str], names: tuple[str, ...]) -> None:

@@ -10,7 +10,7 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from torch.testing import assert_close
 
-from tokpref import LOSSES, BaselineHead, PairLoss, TokenStats, engine, pair_loss, token_stats
+from tokpref import LOSSES, BaselineHead, PairLoss, PreferenceCollator, TokenStats, engine, pair_loss, pair_stats, token_stats
 from tokpref.packing import pack_pairs, packed_inputs, packing_obstacle, segment_attention
 from tokpref.stats import Head
 
@@ -352,3 +352,61 @@ def test_gradient_checkpoints_change_nothing(reentrant):
     model.enable_input_require_grads()
     pair_loss(model, ref_model, batch, LOSSES["tdpo1"]).loss.backward()
     for p, b in zip(model.parameters(), wanted): assert_close(p.grad, b, rtol=1e-5, atol=1e-6)
+
+
+def test_flex_attention_takes_packed_pairs(monkeypatch):
+    "Its rule through transformers, on a CPU without the compiled kernel, which has no backward pass there."
+    import transformers.integrations.flex_attention as integration
+    from torch.nn.attention import flex_attention as flex
+    monkeypatch.setattr(flex, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True, raising=False)
+    monkeypatch.setattr(integration, "compile_friendly_flex_attention", lambda q, k, v, training=False, **kw: flex.flex_attention(q, k, v, **kw))
+    config = dict(vocab_size=53, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=256)
+    torch.manual_seed(0)
+    model, reference = (transformers.LlamaForCausalLM(transformers.LlamaConfig(**config)).eval() for _ in range(2))
+    ids = lambda n: torch.randint(3, 53, (n,)).tolist()
+    rows = [{"prompt_ids": ids(p), "chosen_ids": ids(c), "rejected_ids": ids(r)} for p, c, r in ((60, 30, 20), (90, 10, 40), (20, 30, 5))]
+    batch = PreferenceCollator(pad_token_id=0)(rows)
+    with torch.no_grad(): wanted = token_stats(model, reference, batch)
+    for m in (model, reference): m.set_attn_implementation("flex_attention")
+    assert packing_obstacle(model, batch) is None
+    for ours, plain in zip(pair_stats(model, reference, batch, kl=True, shared_prompt=True), wanted):
+        assert_close(ours.logps, plain.logps, rtol=0, atol=1e-5)
+        assert_close(ours.kl, plain.kl, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 3, 5, 64])
+@pytest.mark.parametrize("name", ["dpo", "tdpo2", "tbpo_a"])
+def test_a_batch_in_two_sweeps(name, chunk_size):
+    "one_pass=False: all statistics first, chunk by chunk, whatever fits; the same loss and gradients."
+    model, ref_model, batch = make("Llama"), make("Llama", 1), make_batch()
+    weights = list(model.parameters())
+    once = pair_loss(model, ref_model, batch, LOSSES[name])
+    twice = pair_loss(model, ref_model, batch, LOSSES[name], one_pass=False, chunk_size=chunk_size)
+    assert_close(twice.loss, once.loss)
+    for a, b in zip(torch.autograd.grad(twice.loss, weights), torch.autograd.grad(once.loss, weights)): assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_a_loss_that_mixes_the_pairs():
+    "Its gradient needs all pairs: in tiles it is refused, in two sweeps it equals autograd through the plain statistics."
+    def centred(chosen, rejected):
+        margins = chosen.logps.sum(-1) - rejected.logps.sum(-1) + 0.3 * rejected.kl_terms.sum(-1)
+        return PairLoss((margins - margins.mean()) ** 2, margins, margins)
+    model, ref_model, batch = make("Llama"), make("Llama", 1), make_batch()
+    weights = list(model.parameters())
+    wanted = torch.autograd.grad(centred(*token_stats(model, ref_model, batch)).mean(), weights)
+    ours = pair_loss(model, ref_model, batch, centred, kl=True, one_pass=False, chunk_size=3)
+    for a, b in zip(torch.autograd.grad(ours.loss, weights), wanted): assert_close(a, b, rtol=1e-7, atol=1e-10)
+    with pytest.raises(ValueError, match="one_pass=False"): pair_loss(model, ref_model, batch, centred, kl=True, chunk_size=3)
+
+
+def test_rows_without_gradient_are_left_out(monkeypatch):
+    "TBPO reads the shared positions only: no product is taken with the others, and nothing changes."
+    seen, take = [], engine._Gradients.add
+    monkeypatch.setattr(engine._Gradients, "add", lambda self, rows, *rest: (seen.append(len(rows)), take(self, rows, *rest))[1])
+    model, ref_model, batch = make("Llama"), make("Llama", 1), make_batch()
+    weights = list(model.parameters())
+    wanted = torch.autograd.grad(LOSSES["tbpo_a"](*token_stats(model, ref_model, batch)).mean(), weights)
+    ours = torch.autograd.grad(pair_loss(model, ref_model, batch, LOSSES["tbpo_a"]).loss, weights)
+    for a, b in zip(ours, wanted): assert_close(a, b, rtol=1e-7, atol=1e-10)
+    lengths = batch["completion_mask"].sum(-1).view(2, -1)
+    assert sum(seen) == 2 * lengths.amin(0).sum() < lengths.sum()

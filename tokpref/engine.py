@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .losses.types import PairLoss, TokenStats
-from .packing import Packed, pack_pairs, packed_inputs, packing_obstacle, segment_attention, takes_segments, without_ddp
+from .packing import Packed, pack_pairs, packed_inputs, packing_obstacle, segment_attention, takes_blocks, takes_segments, without_ddp
 from .scores import _Workspace, _fresh, _wide
 from .stats import _check_vocabulary, _features, _flat_stats, _reference_features, _response_positions, base_model, evaluating
 
@@ -219,8 +219,10 @@ def _plan(batch: dict, models: list[nn.Module], shared_prompt: bool | None) -> _
     here = {name: batch[name].cpu() for name in ("input_ids", "attention_mask", "completion_mask")}
     use = shared_prompt is not False and not why
     if not use: return _to(_layout(here), batch["input_ids"].device)
-    one_row = None if all(takes_segments(m, batch) for m in models) else False
+    by_blocks = all(takes_blocks(m) for m in models)
+    one_row = True if by_blocks else None if all(takes_segments(m, batch) for m in models) else False
     packed = pack_pairs(here, base_model(models[0]).config.get_text_config().hidden_size, one_row)
+    if by_blocks: packed = packed._replace(parts=())        # FlexAttention finds the segments by itself
     return _to(_layout(here, packed), batch["input_ids"].device)
 
 # %% ../nbs/library/29_one_pass.ipynb #d0f44be8
