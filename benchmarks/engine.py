@@ -3,7 +3,8 @@
 One step is policy forward, reference forward, loss, backward. Every contender runs in its own process on the same weights and the
 same batch, read from a file; losses that should be one number are compared; times are medians after a warm-up step; the peak is
 that of the first full step, above the state before it. Ratios near 1 come from interleaved steps in one process. Peers are looked
-for in folders of their own below <environment>/peers, which `make bench` fills; one that is missing is left out with a word.
+for in folders of their own below <environment>/peers, which `make bench` fills, or below the folder that TOKPREF_PEERS names; one
+that is missing is left out with a word.
 """
 import argparse
 import json
@@ -24,7 +25,7 @@ import workloads
 from contenders import CONTENDERS
 
 HERE = Path(__file__).resolve().parent
-PEERS = Path(sys.prefix) / "peers"
+PEERS = Path(os.environ.get("TOKPREF_PEERS") or Path(sys.prefix) / "peers")
 PUBLIC = tuple(name for name in CONTENDERS if not name.startswith("own"))
 DTYPES = {"cpu": "float32", "cuda": "bfloat16"}
 PARTS = ["steps", "losses", "prompts", "memory"]

@@ -31,7 +31,7 @@ def calls(tmp_path, monkeypatch):
     def start(name, seeds, args, target, seconds):
         started.append((name, seeds))
         if name == "engine": return "failed (1)"
-        target.write_text(json.dumps({"complete": seeds == gpu.ALL, "seeds": [0, 1, 2][:seeds]} if name in gpu.COMPARISONS else {"failed": []}))
+        target.write_text(json.dumps({"complete": seeds == gpu.ALL, "seeds": [0, 1, 2][:seeds]} if name in gpu.COMPARISONS else {"broken": []}))
         return "done"
     monkeypatch.setattr(gpu, "in_a_process", start)
     monkeypatch.setattr(gpu, "install", lambda: None)
@@ -52,7 +52,7 @@ def test_parts_in_order_of_value_and_after_a_failure(calls, capsys):
 def test_results_of_the_repository_count(calls, tmp_path):
     (tmp_path / "results" / "engine-cuda.json").write_text("{}")
     (tmp_path / "results" / "sentiment-gpu.json").write_text(json.dumps({"complete": False, "seeds": [0]}))
-    (tmp_path / "results" / "cuda-tests.json").write_text(json.dumps({"failed": ["test_it"]}))
+    (tmp_path / "results" / "cuda-tests.json").write_text(json.dumps({"broken": ["test_it"]}))
     assert gpu.main(["--only", "tests", "engine", "sentiment"]) == 0 and calls == [("tests", 1), ("sentiment", gpu.ALL)]
 
 

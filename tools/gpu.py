@@ -25,7 +25,8 @@ DATA = ("stanfordnlp/imdb", "openai/gsm8k", "gsm8k-preferences", "alpaca_eval-pr
 WHEELS = ("datasets", "dill", "multiprocess", "xxhash")     # small, and seldom on a machine for training
 LIMIT = 64      # MiB that a machine may take
 ALL = 99        # seeds: all of a profile
-ENGINE = ("own-dpo", "own-tdpo2", "own-lean-tdpo2", "own-unshared-dpo", "own-plain-dpo", "tdpo-released")
+PEERS = {path.stem.removeprefix("requirements-"): path for path in sorted((ROOT / "benchmarks").glob("requirements-*.txt"))}
+ENGINE = ("own-dpo", "own-tdpo2", "own-unshared-dpo", "own-plain-dpo", "trl-1.16", "liger", "tdpo-released", "tdpo-tiles")
 
 
 class Comparison(NamedTuple):
@@ -61,14 +62,15 @@ def run_tests(args, target: Path) -> None:
     suite = ElementTree.parse(report).getroot().find("testsuite")
     counts = {name: int(suite.get(name)) for name in ("tests", "failures", "errors", "skipped")}
     bad = [case.get("name") for case in suite.iter("testcase") if case.find("failure") is not None or case.find("error") is not None]
-    write_json(target, {"tests": "cuda", **counts, "failed": bad, "seconds": float(suite.get("time")), "versions": versions(), "hardware": hardware()})
+    write_json(target, {"tests": "cuda", **counts, "broken": bad, "seconds": float(suite.get("time")), "versions": versions(), "hardware": hardware()})
     if done.returncode: raise RuntimeError(f"{len(bad)} of {counts['tests']} tests failed")
 
 
 def run_engine(args, target: Path) -> None:
-    "The benchmark of the engine, without the parts that need public peers."
-    options = ["--quick"] if args.quick else ["--parts", "steps", "losses", "prompts", "--only", *ENGINE]
-    subprocess.run([sys.executable, "benchmarks/engine.py", "--device", args.device, *options, "--out", target], cwd=ROOT, check=True)
+    "The benchmark of the engine, shortened; peers that can't run here are listed in the file."
+    options = ["--quick"] if args.quick else ["--parts", "steps", "losses", "--only", *ENGINE]
+    subprocess.run([sys.executable, "benchmarks/engine.py", "--device", args.device, *options, "--out", target], cwd=ROOT)
+    if not target.exists(): raise RuntimeError("the benchmark ended without a result")
 
 
 def run_comparison(args, target: Path) -> None:
@@ -92,14 +94,27 @@ def environment() -> dict:
     data = os.environ.get("TOKPREF_DATA") or (str(CARRIED / "data") if (CARRIED / "data").is_dir() else "")
     paths = [str(ROOT), *([str(CARRIED / "site")] if (CARRIED / "site").is_dir() else []), os.environ.get("PYTHONPATH", "")]
     return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
-                         "PYTHONUNBUFFERED": "1", "MPLBACKEND": "agg", **({"TOKPREF_DATA": data} if data else {})}
+                         "PYTHONUNBUFFERED": "1", "MPLBACKEND": "agg", "TOKPREF_PEERS": str(CARRIED / "site-peers"), **({"TOKPREF_DATA": data} if data else {})}
+
+
+def unpack(wheels: list[Path], folder: Path) -> None:
+    "Install wheels, and nothing that they ask for, into a folder."
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--target", folder, *wheels], check=True)
+
+
+def download(what: list, folder: Path, python: str) -> None:
+    "Wheels of packages, and of nothing that they ask for, for another Python on Linux."
+    systems = [part for name in ("manylinux_2_28", "manylinux_2_17", "manylinux2014") for part in ("--platform", f"{name}_x86_64")]
+    subprocess.run([sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:", "--python-version", python, "--implementation", "cp",
+                    *systems, "-d", folder, *what], check=True)
 
 
 def install() -> None:
     "Unpack the carried wheels of packages that this machine does not have. Exits with a word if something is still missing."
     wheels = [wheel for wheel in sorted((CARRIED / "wheels").glob("*.whl")) if importlib.util.find_spec(wheel.name.split("-")[0]) is None]
-    if wheels and not (CARRIED / "site").is_dir():
-        subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--target", CARRIED / "site", *wheels], check=True)
+    if wheels and not (CARRIED / "site").is_dir(): unpack(wheels, CARRIED / "site")
+    for folder in sorted((CARRIED / "peers").glob("*")):
+        if not (CARRIED / "site-peers" / folder.name).is_dir(): unpack(sorted(folder.glob("*.whl")), CARRIED / "site-peers" / folder.name)
     done = subprocess.run([sys.executable, "-c", "import tokpref.experiments.compare"], cwd=ROOT, env=environment(), capture_output=True, text=True)
     if done.returncode: sys.exit(f"tokpref can't be imported here: {done.stderr.strip().splitlines()[-1]}\nfill .gpu/ with `make gpu-data` and carry it along")
 
@@ -110,11 +125,11 @@ def carry(python: str) -> None:
     if not source: sys.exit("set TOKPREF_DATA to the folder with the data")
     shutil.rmtree(CARRIED, ignore_errors=True)
     for name in DATA: shutil.copytree(Path(source) / name, CARRIED / "data" / name, copy_function=shutil.copyfile)
-    subprocess.run([sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:", "--python-version", python, "--implementation", "cp",
-                    "--platform", "manylinux_2_28_x86_64", "--platform", "manylinux_2_17_x86_64", "--platform", "manylinux2014_x86_64", "-d", CARRIED / "wheels", *WHEELS], check=True)
+    download(WHEELS, CARRIED / "wheels", python)
+    for name, path in PEERS.items(): download(["-r", path], CARRIED / "peers" / name, python)
     mib = lambda paths: sum(path.stat().st_size for path in paths if path.is_file()) / 2**20
     tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
-    sizes = {"data": mib((CARRIED / "data").rglob("*")), "wheels": mib((CARRIED / "wheels").rglob("*")), "repository": mib(ROOT / name for name in tracked if name)}
+    sizes = {"data": mib((CARRIED / "data").rglob("*")), "wheels": mib(CARRIED.rglob("*.whl")), "repository": mib(ROOT / name for name in tracked if name)}
     print(f".gpu/ is ready for Python {python}: " + ", ".join(f"{name} {size:.1f} MiB" for name, size in sizes.items()) + f"; {sum(sizes.values()):.1f} of {LIMIT} MiB in all")
 
 
@@ -124,7 +139,7 @@ def finished(target: Path, seeds: int) -> bool:
     "Whether a result is there, without failures and with so many seeds, or with all."
     if not target.exists(): return False
     record = json.loads(target.read_text(encoding="utf-8"))
-    return not record.get("failed") and (record.get("complete", True) or len(record["seeds"]) >= seeds)
+    return not record.get("broken") and (record.get("complete", True) or len(record["seeds"]) >= seeds)
 
 
 def in_a_process(name: str, seeds: int, args, target: Path, seconds: float) -> str:
