@@ -28,8 +28,9 @@ from transformers import GenerationConfig
 
 # %% ../nbs/library/23_evaluation.ipynb #e4a2be35
 from .data import check_tokenizer, encode_texts
+from .engine import pair_stats
 from .losses.types import check_positive
-from .stats import base_model, evaluating, response_stats, split_pairs
+from .stats import base_model, evaluating, response_stats
 from .trainer import check_loss, pair_metrics
 
 # %% ../nbs/library/23_evaluation.ipynb #145b9432
@@ -388,7 +389,7 @@ def preference_table(
     with evaluating(model):
         for batch in tqdm(DataLoader(dataset, batch_size, collate_fn=collator), desc="held-out pairs", leave=False, disable=not progress):
             batch = {name: value.to(device) for name, value in batch.items() if name != "ref_logps"}
-            pairs = split_pairs(response_stats(model, ref_model, batch, kl=True, reverse_kl=True, entropy=True, baseline=baseline))
+            pairs = pair_stats(model, ref_model, batch, kl=True, reverse_kl=True, entropy=True, baseline=baseline)
             for name, value in _by_pair(spec, options, beta, *pairs).items(): found.setdefault(name, []).append(value.double().cpu())
     return {name: torch.cat(values) for name, values in found.items()}
 
