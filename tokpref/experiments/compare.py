@@ -6,8 +6,8 @@
 __all__ = ['VARIANTS', 'BASELINES', 'TASKS', 'LossRun', 'Baseline', 'RunConfig', 'parse_label', 'swept', 'resolve_losses',
            'Problem', 'Task', 'find_task', 'PathCallback', 'run_arguments', 'held_out_metrics', 'measure', 'train_one',
            'fingerprint', 'own_settings', 'write_json', 'read_json', 'versions', 'hardware', 'compare',
-           'optimal_reward', 'summarise', 'comparison_table', 'read_path', 'path_band', 'comparison_figure',
-           'history_figure']
+           'optimal_reward', 'summarise', 'comparison_table', 'read_path', 'path_band', 'paired_difference',
+           'comparison_figure', 'history_figure']
 
 # %% ../../nbs/experiments/30_compare.ipynb #7e1efb15
 import contextlib
@@ -554,6 +554,26 @@ def path_band(
     table = np.stack([read_path(path, kls, record.get("value", "reward")) for path in paths])
     se = table.std(0, ddof=1) / len(table) ** 0.5 if len(table) > 1 else np.full(len(kls), np.nan)
     return {"mean": table.mean(0), "low": table.min(0), "high": table.max(0), "se": se}
+
+# %% ../../nbs/experiments/30_compare.ipynb #6fe20d24
+_T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}    # Student's t, 97.5 %, by degrees of freedom
+
+
+def paired_difference(
+    record: dict,               # what `compare` returns
+    label: str,
+    against: str,               # another label, trained on the same pairs with the same seeds
+    kl: float,                  # nats
+) -> tuple[float, float] | None:    # mean over seeds of value(label) − value(against), half of its 95 % interval; None if fewer than two seeds reach that KL
+    "How much more a line reaches at a KL than another, seed by seed, so that what the seed does to both cancels."
+    value, found = record.get("value", "reward"), {}
+    for run in record["runs"]:
+        if run["label"] in (label, against) and "error" not in run:
+            found.setdefault(run["seed"], {})[run["label"]] = float(read_path(run["history"], [kl], value)[0])
+    gains = np.array([pair[label] - pair[against] for pair in found.values() if len(pair) == 2])
+    gains = gains[~np.isnan(gains)]
+    if len(gains) < 2: return None
+    return float(gains.mean()), float(_T95.get(len(gains) - 1, 2.0) * gains.std(ddof=1) / len(gains) ** 0.5)
 
 # %% ../../nbs/experiments/30_compare.ipynb #8491ab5f
 _LABELS = {"reward": "expected reward", "accuracy": "accuracy on held-out pairs", "entropy": "entropy, nats a token"}
