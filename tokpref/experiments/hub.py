@@ -6,7 +6,7 @@
 __all__ = ['MATCHED', 'SUITES', 'PAIR_COLUMNS', 'Precision', 'pick_precision', 'load_tokenizer', 'load_model', 'lora', 'sft_rows',
            'SFTConfig', 'sft', 'accumulation', 'checkpointing', 'HubConfig', 'made_up_pairs', 'count_words', 'hold_out',
            'PairData', 'load_pairs', 'pair_accuracies', 'length_baseline', 'wins', 'PairMeasure', 'run_suites',
-           'text_rows', 'prepare_pairs', 'pair_table', 'measured_runs']
+           'text_rows', 'prepare_pairs', 'pair_table', 'run_heading', 'measured_runs']
 
 # %% ../../nbs/experiments/33_hub_models.ipynb #a54ec7c2
 import importlib.util
@@ -157,7 +157,6 @@ class HubConfig(ScratchConfig):
     "A preference dataset, a model to start from, what it is fine-tuned on, and what is measured."
 
     model: str = "scratch"              # id on the hub, folder, or "scratch": made from the training texts
-    tokenizer_name: str = ""            # id or folder, for a model that comes without its tokenizer; "": the model's own
     precision: str = "auto"             # see pick_precision
     lora_rank: int = 0                  # 0: every loss trains all weights
     lora_alpha: int = 0                 # 0: twice the rank
@@ -389,7 +388,7 @@ _STAGES = {     # stage -> settings, and stages, that it depends on
     "pairs": ("source", "data_dir", "train_split", "test_split", "as_messages", "train_pairs", "eval_pairs", "max_words", "data_seed"),
     "tokenizer": ("pairs", "vocab_size"),
     "language_model": ("tokenizer", "context", "hidden_size", "layers", "heads", "lm_tokens", "lm_batch", "lm_learning_rate"),
-    "sft": ("language_model", "model", "tokenizer_name", "precision", "lora_rank", "lora_alpha", "max_length", "max_prompt_length", "sft_epochs", "sft_batch",
+    "sft": ("language_model", "model", "precision", "lora_rank", "lora_alpha", "max_length", "max_prompt_length", "sft_epochs", "sft_batch",
             "sft_learning_rate", "sft_warmup_steps")}
 
 
@@ -419,7 +418,7 @@ def _base(config: HubConfig, pairs: PairData, stages: Stages, dtype: torch.dtype
     "Tokenizer, model and what is known of it, before any fine-tuning."
     if config.model != "scratch":
         model = load_model(config.model, dtype)
-        return load_tokenizer(config.tokenizer_name or config.model), model, {"parameters": sum(p.numel() for p in model.parameters())}
+        return load_tokenizer(config.model), model, {"parameters": sum(p.numel() for p in model.parameters())}
     if config.as_messages: raise ValueError("a model from scratch has no chat template: set as_messages to false, or name a model")
     place = stages.run("tokenizer", lambda place: _make_tokenizer(place, pairs.texts, config))
     tokenizer = load_tokenizer(str(place))
@@ -495,9 +494,22 @@ def pair_table(
     return comparison_table({**record, "runs": [rule, *record["runs"]]}, PAIR_COLUMNS)
 
 
+def run_heading(record: dict) -> str:
+    "One line on a record of `prepare_pairs`' tasks: seeds, machine, minutes, pairs."
+    minutes = sum(run.get("seconds", 0) + run.get("evaluation_seconds", 0) for run in record["runs"]) / 60
+    machine = record["hardware"]["gpu"] or f"{record['hardware']['cpu']}, {record['hardware']['threads']} threads"
+    pairs = record["problem"]
+    return (f"{len(record['seeds'])} seeds, {machine}, {minutes:.0f} minutes; {pairs['train_pairs']:,} pairs to train on, {pairs['eval_pairs']:,} held out; "
+            f"{pairs['model']['parameters'] / 1e6:,.0f} million weights")
+
+
 def measured_runs(task: str, profiles: Sequence[str], folder: str | Path = "../../results") -> dict[str, dict]:
-    "profile -> the record of a run in `folder`; of those that are missing a line is printed that says how the run is made."
+    """profile -> the record of a run in `folder`; of those that are missing a line is printed that says how the run is made.
+
+    `gpu` is the profile `nano`, made larger, as `make gpu` runs it.
+    """
     found = {profile: Path(folder, f"{task}-{profile}.json") for profile in profiles}
     for profile, path in found.items():
-        if not path.exists(): print(f"{profile}: no run yet. It is made with: tokpref compare --task {task} --profile {profile}")
+        made_with = "make gpu" if profile == "gpu" else f"tokpref compare --task {task} --profile {profile}"
+        if not path.exists(): print(f"{profile}: no run yet. It is made with: {made_with}")
     return {profile: json.loads(path.read_text(encoding="utf-8")) for profile, path in found.items() if path.exists()}
