@@ -76,7 +76,7 @@ class _Gradients:
         sums = self.hidden, self.weight, self.bias, self.baseline
         return tuple(None if g is None else g.to(x.dtype) for g, x in zip(sums, inputs))
 
-# %% ../nbs/library/29_one_pass.ipynb #6dd744f5
+# %% ../nbs/library/29_one_pass.ipynb #19ef22e9
 class _Positions(NamedTuple):
     "All N positions of a batch as the head sees them, policy and reference."
 
@@ -88,8 +88,8 @@ class _Positions(NamedTuple):
         return _Positions(*(None if x is None else x[rows] for x in self))
 
 
-def _with_gradient(rows: Tensor, g: Tensor, k: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    "(which of the rows have a gradient, None for all; k, None if it is zero). On an accelerator to look would be to wait: all, and k as it is."
+def _with_gradient(g: Tensor, k: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    "(which rows have a gradient, None for all; k, None if it is zero). On an accelerator to look would be to wait: all, and k as it is."
     if g.device.type != "cpu": return None, k
     if k is not None and not k.any(): k = None
     some = g != 0 if k is None else (g != 0) | (k != 0)
@@ -98,7 +98,7 @@ def _with_gradient(rows: Tensor, g: Tensor, k: Tensor | None) -> tuple[Tensor | 
 
 def _take_gradient(work: _Workspace, batch: _Positions, rows: Tensor, g: Tensor, k: Tensor | None, grads: _Gradients, there: bool) -> None:
     "Add to `grads` what these rows contribute; their probabilities are there already, or are computed once more."
-    some, k = _with_gradient(rows, g, k)
+    some, k = _with_gradient(g, k)
     if some is not None: rows, g, k = rows[some], g[some], None if k is None else k[some]
     if not len(rows): return
     mine = batch.at(rows)
@@ -106,7 +106,7 @@ def _take_gradient(work: _Workspace, batch: _Positions, rows: Tensor, g: Tensor,
     elif some is not None: work.keep(some)
     grads.add(rows, work.gradient(mine.targets, g, k), work.head.weight, mine.policy)
 
-
+# %% ../nbs/library/29_one_pass.ipynb #a4940d8d
 def _walk(work: _Workspace, batch: _Positions, given: dict[str, Tensor], lengths: list[int], loss: Callable, grads: _Gradients,
           tiles: list[list[int]]) -> tuple[dict[str, Tensor], Tensor]:
     "Statistics [N] and losses [B] of all pairs, tile by tile; the gradients of the mean loss are added to `grads` on the way."
@@ -116,17 +116,18 @@ def _walk(work: _Workspace, batch: _Positions, given: dict[str, Tensor], lengths
     early = torch.cat([r[:-work.chunk] for r in rows])
     def keep(into, new, rows):
         for name, x in new.items(): into.setdefault(name, x.new_zeros(len(batch.targets))).index_copy_(0, rows, x)
-    for chunk in early.split(work.chunk): keep(values, work.stats(*batch.at(chunk)), chunk)
+    def gradient(rows, there):
+        _take_gradient(work, batch, rows, *(slopes[name][rows] if name in slopes else None for name in ("logps", "kl")), grads, there)
+    for chunk in early.split(work.chunk) if len(early) else (): keep(values, work.stats(*batch.at(chunk)), chunk)
     for tile, mine in zip(tiles, rows):
         late = mine[-work.chunk:]
         keep(values, work.stats(*batch.at(late)), late)
         tile_losses, tile_slopes = _token_gradients({name: x[mine] for name, x in values.items()}, [n for i in tile for n in pairs[i]], loss)
         losses.append(tile_losses)
         keep(slopes, {name: x / len(pairs) for name, x in tile_slopes.items() if x is not None}, mine)
-        _take_gradient(work, batch, late, slopes["logps"][late], slopes["kl"][late] if "kl" in slopes else None, grads, there=True)
+        gradient(late, there=True)
     if early.device.type == "cpu" and "kl" in slopes: early = early[slopes["kl"][early].ne(0).argsort(stable=True)]
-    for chunk in early.split(work.chunk):
-        _take_gradient(work, batch, chunk, slopes["logps"][chunk], slopes["kl"][chunk] if "kl" in slopes else None, grads, there=False)
+    for chunk in early.split(work.chunk) if len(early) else (): gradient(chunk, there=False)
     if grads.baseline is not None and "baseline" in slopes: grads.baseline.copy_(slopes["baseline"])
     order = torch.tensor([i for tile in tiles for i in tile], device=batch.targets.device)
     return values, torch.cat(losses)[order.argsort()]
