@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from tokpref.experiments.compare import find_task, resolve_losses
 
@@ -34,7 +35,7 @@ def calls(tmp_path, monkeypatch):
         target.write_text(json.dumps({"complete": seeds == gpu.ALL, "seeds": [0, 1, 2][:seeds]} if name in gpu.COMPARISONS else {"broken": []}))
         return "done"
     monkeypatch.setattr(gpu, "in_a_process", start)
-    monkeypatch.setattr(gpu, "install", lambda: None)
+    monkeypatch.setattr(gpu, "install", lambda device: None)
     monkeypatch.setattr(gpu, "ROOT", tmp_path)
     monkeypatch.setenv("OUT", str(tmp_path / "out"))
     (tmp_path / "results").mkdir()
@@ -58,6 +59,12 @@ def test_results_of_the_repository_count(calls, tmp_path):
 
 def test_nothing_starts_when_the_time_is_up(calls, capsys):
     assert gpu.main(["--minutes", "0.1"]) == 0 and not calls and capsys.readouterr().out.count("the time is up") == 8
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_without_a_gpu_it_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "CARRIED", tmp_path)
+    with pytest.raises(SystemExit, match="no GPU is to be seen"): gpu.main([])
 
 
 def test_a_part_that_takes_too_long_is_ended(tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ where it stopped. The machine needs torch, transformers, peft, accelerate, pytes
 comes, with the data, from .gpu/, which `make gpu-data` fills here and which is to be carried there beside the repository.
 """
 import argparse
+import importlib
 import importlib.util
 import json
 import os
@@ -109,7 +110,7 @@ def download(what: list, folder: Path, python: str) -> None:
                     *systems, "-d", folder, *what], check=True)
 
 
-def install() -> None:
+def install(device: str) -> None:
     "Unpack the carried wheels of packages that this machine does not have. Exits with a word if something is still missing."
     wheels = [wheel for wheel in sorted((CARRIED / "wheels").glob("*.whl")) if importlib.util.find_spec(wheel.name.split("-")[0]) is None]
     if wheels and not (CARRIED / "site").is_dir(): unpack(wheels, CARRIED / "site")
@@ -117,6 +118,7 @@ def install() -> None:
         if not (CARRIED / "site-peers" / folder.name).is_dir(): unpack(sorted(folder.glob("*.whl")), CARRIED / "site-peers" / folder.name)
     done = subprocess.run([sys.executable, "-c", "import tokpref.experiments.compare"], cwd=ROOT, env=environment(), capture_output=True, text=True)
     if done.returncode: sys.exit(f"tokpref can't be imported here: {done.stderr.strip().splitlines()[-1]}\nfill .gpu/ with `make gpu-data` and carry it along")
+    if device == "cuda" and not importlib.import_module("torch").cuda.is_available(): sys.exit("no GPU is to be seen here; --device cpu --quick tries the parts without one")
 
 
 def carry(python: str) -> None:
@@ -192,7 +194,7 @@ def main(argv: list[str] | None = None) -> int:
         sys.path.insert(0, str(ROOT))
         {"tests": run_tests, "engine": run_engine}.get(args.part, run_comparison)(args, args.target)
         return 0
-    install()
+    install(args.device)
     return run_all(args)
 
 
