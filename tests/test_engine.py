@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from torch.testing import assert_close
 
 from tokpref import LOSSES, BaselineHead, PairLoss, PreferenceCollator, TokenStats, engine, pair_loss, pair_stats, token_stats
-from tokpref.packing import pack_pairs, packed_inputs, packing_obstacle, segment_attention
+from tokpref.packing import pack_pairs, packed_inputs, packing_obstacle, segment_attention, split_by_tokens
 from tokpref.stats import Head
 
 SMALL = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, head_dim=8,
@@ -410,3 +410,21 @@ def test_rows_without_gradient_are_left_out(monkeypatch):
     for a, b in zip(ours, wanted): assert_close(a, b, rtol=1e-7, atol=1e-10)
     lengths = batch["completion_mask"].sum(-1).view(2, -1)
     assert sum(seen) == 2 * lengths.amin(0).sum() < lengths.sum()
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("budget", [1, 12, 30, 1000])
+def test_passes_by_tokens_add_up(side, budget):
+    "Pairs stay in order and whole, with what belongs to them; the gradients of the passes sum to that of the batch."
+    model, ref_model, batch = make("Llama"), make("Llama", 1), shared_batch(side)
+    pairs, weights = len(batch["input_ids"]) // 2, list(model.parameters())
+    batch |= {"row": torch.arange(pairs), "weights": torch.rand(batch["input_ids"].shape, dtype=torch.float64)}
+    parts = split_by_tokens(batch, budget)
+    assert torch.cat([part["row"] for part in parts]).tolist() == list(range(pairs))
+    assert len(parts) == {1: pairs, 1000: 1}.get(budget, len(parts)) and all(part["weights"].shape == part["input_ids"].shape for part in parts)
+    wanted = torch.autograd.grad(pair_loss(model, ref_model, batch, LOSSES["tdpo2"]).loss, weights)
+    sums = [0.0] * len(weights)
+    for part in parts:
+        loss = pair_loss(model, ref_model, part, LOSSES["tdpo2"]).loss * len(part["row"]) / pairs
+        sums = [a + b for a, b in zip(sums, torch.autograd.grad(loss, weights))]
+    for a, b in zip(sums, wanted): assert_close(a, b, rtol=1e-7, atol=1e-10)

@@ -27,6 +27,7 @@ from . import __version__
 from .data import PreferenceCollator, check_tokenizer, prepare
 from .engine import BatchLoss, engine_obstacles, pair_loss
 from .losses import LOSSES, BaselineHead, LossSpec, PairLoss, TokenStats
+from .packing import split_by_tokens
 from .reference import add_ref_logps, cached_ref_logps
 from .stats import base_model
 
@@ -47,6 +48,7 @@ class PreferenceConfig(TrainingArguments):
     ref_cache: str | None = field(default=None, metadata={"help": "folder that keeps precomputed reference log-probs for later runs"})
     one_pass: bool = field(default=True, metadata={"help": "scores once, gradients on the way; False: scored again in backward"})
     shared_prompt: bool = field(default=True, metadata={"help": "a pair is one packed segment; False: each response has its own prompt"})
+    token_budget: int | None = field(default=None, metadata={"help": "most tokens that run through the model at a time; None: the batch"})
     chunk_size: int | None = field(default=None, metadata={"help": "positions scored at a time; None: from workspace"})
     workspace: int | None = field(default=None, metadata={"help": "bytes for scores; None: 48 MiB on a CPU, 1 GiB elsewhere"})
     eval_kl: bool = field(default=True, metadata={"help": "SeqKL and entropy at every evaluation, whatever the loss needs"})
@@ -61,6 +63,7 @@ class PreferenceConfig(TrainingArguments):
         super().__post_init__()
         if isinstance(self.loss_options, str): self.loss_options = json.loads(self.loss_options)
         check_loss(self.loss, self.options)
+        if self.token_budget is not None and self.token_budget < 1: raise ValueError(f"token_budget={self.token_budget} has no room for anything")
         if self.ref_cache and not self.precompute_ref_logps:
             raise ValueError(f"ref_cache={self.ref_cache!r} would be ignored: it keeps what precompute_ref_logps=True computes")
 
@@ -158,12 +161,13 @@ class _Scores(Trainer):
     def _choose_engine(self, model: nn.Module, inputs: dict, loss: Callable) -> None:
         "The fast ways that are asked for and, tried on this batch, change nothing; one line in the log says which."
         against = engine_obstacles(model, self.ref_model, inputs, loss, baseline=self.baseline_head)
+        if self.args.token_budget and against["one_pass"]: raise ValueError(f"token_budget would change the loss: {against['one_pass']}")
         why = {name: against[name] if getattr(self.args, name) else "switched off" for name in against}
         self.engine = {name: reason is None for name, reason in why.items()}
         says = "; ".join(name.replace("_", " ") + (" on" if reason is None else f" off ({reason})") for name, reason in why.items())
         _log.log(logging.WARNING if any(against.values()) else logging.INFO, "engine: %s", says)
 
-# %% ../nbs/library/22_trainer.ipynb #7b8ecdc9
+# %% ../nbs/library/22_trainer.ipynb #6021b54e
 class _LossFromStats(_Scores):
     "The loss of a batch, then a look at whether it is finite."
 
@@ -174,7 +178,21 @@ class _LossFromStats(_Scores):
         metrics = {"loss": result.losses.float(), **pair_metrics(result, chosen, rejected)}
         if model.training: self._averages["train"].add(metrics)
         else: self._averages["eval"].add(self.accelerator.gather_for_metrics(metrics))      # drops pairs repeated to fill a batch
+        if model.training: loss = loss * self._share
         return (loss, result) if return_outputs else loss
+
+    _share = 1.0        # of the pairs of a batch, those of the pass under way
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        "Gradients of a batch, in as many passes as `token_budget` asks for."
+        parts = split_by_tokens(inputs, self.args.token_budget) if self.args.token_budget else [inputs]
+        total = 0.0
+        for i, part in enumerate(parts):
+            self._share = len(part["input_ids"]) / len(inputs["input_ids"])
+            wait = contextlib.nullcontext() if i == len(parts) - 1 else self.accelerator.no_sync(model)
+            with wait: total = total + super().training_step(model, part, num_items_in_batch)
+        self._share = 1.0
+        return total
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         "The loss of an evaluation batch; the other metrics are gathered on the way."
@@ -319,7 +337,7 @@ class _SetsUp(_KeepsBaseline):
             self.train_dataset, self.eval_dataset = add(self.train_dataset), add(self.eval_dataset)
         self.ref_model = None
 
-# %% ../nbs/library/22_trainer.ipynb #6021b54e
+# %% ../nbs/library/22_trainer.ipynb #694f9d9b
 class PreferenceTrainer(_SetsUp):
     """A `transformers.Trainer` whose loss is any entry of `LOSSES`.
 
@@ -352,4 +370,6 @@ class PreferenceTrainer(_SetsUp):
                          data_collator=data_collator or PreferenceCollator(tokenizer.pad_token_id), **trainer_kwargs)
         self.model_accepts_loss_kwargs = False      # the loss is a mean over pairs: the Trainer divides it by accumulation steps
         self._place_reference_and_baseline()
+        if args.token_budget and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ValueError("token_budget makes processes take different numbers of passes, which sharded weights do not allow: leave it out")
         if args.precompute_ref_logps: self._precompute()
