@@ -43,7 +43,7 @@ COMPARISONS = {
         vocab_size=8192, context=96, hidden_size=768, layers=12, heads=12, lm_tokens=40_000_000, lm_batch=256, lm_learning_rate=6e-4, train_prompts=2000,
         eval_prompts=512, eval_pair_prompts=128, frontier_samples=128, max_length=96, batch_size=64, steps=240, eval_steps=60, learning_rate=1e-5, seeds=[0, 1, 2])),
     "math": Comparison("math", "nano", dict(                # the same start, more of everything that a loss sees and is measured on
-        train_problems=4000, eval_problems=2000, eval_pair_problems=400, batch_size=64, steps=200, eval_steps=50, seeds=[0, 1, 2])),
+        train_problems=4000, eval_problems=1000, eval_pair_problems=400, batch_size=64, steps=200, eval_steps=50, seeds=[0, 1, 2])),
     "instructions": Comparison("instructions", "nano", dict(        # 32 million weights, answers of up to 300 words
         vocab_size=8192, context=512, hidden_size=512, layers=8, heads=8, lm_tokens=30_000_000, lm_batch=64, lm_learning_rate=1e-3, max_words=300, max_length=768,
         max_prompt_length=256, prompts=100, max_new_tokens=256, eval_batch=64, sft_batch=32, batch_size=32, steps=200, eval_steps=100, learning_rate=2e-5,
