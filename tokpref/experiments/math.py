@@ -26,7 +26,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ..data import shared_prefix
 from ..evaluation import Samples, reward_kl_point, sample
-from .compare import TASKS, Problem, Task, write_json
+from .compare import TASKS, VARIANTS, LossRun, Problem, Task, write_json
 from .scratch import ScratchConfig, Stages, fresh_model, train_lm
 
 # %% ../../nbs/experiments/44_math.ipynb #0c95cfd8
@@ -342,8 +342,8 @@ def _make_samples(folder: Path, problems: dict[str, list[WordProblem]], tokenize
     return "; ".join(said)
 
 # %% ../../nbs/experiments/44_math.ipynb #f098cc56
-def prepare_math(config: MathConfig, folder: Path, progress: bool = True) -> Problem:
-    "Stories with sums as a `Problem`, every stage kept in `folder`."
+def prepare_math(config: MathConfig, folder: Path, progress: bool = True, seed: int = 0) -> Problem:
+    "Stories with sums as a `Problem`, every stage kept in `folder`; `seed` draws the pairs from the samples."
     stages, problems = Stages(config, Path(folder), _STAGES, progress), split_problems(config)
     place = stages.run("tokenizer", lambda f: _make_tokenizer(f, problems["lm"], config))
     tokenizer = PreTrainedTokenizerFast.from_pretrained(place)
@@ -351,12 +351,13 @@ def prepare_math(config: MathConfig, folder: Path, progress: bool = True) -> Pro
     model, info = LlamaForCausalLM.from_pretrained(place), {"model": json.loads((place / "info.json").read_text())}
     place = stages.run("samples", lambda f: _make_samples(f, problems, tokenizer, model, config, progress))
     marked, held_out = (Dataset.from_parquet(str(place / f"{name}.parquet")) for name in ("train", "held_out"))
-    draw = partial(solution_pairs, marked, config.pairs_per_problem)
-    info |= {"samples": len(marked), "right": sum(marked["right"]) / len(marked), **_pair_numbers(draw(0), problems["train"]),
-             "examples": [{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in draw(0).select(range(3))]}
-    reference = copy.deepcopy(model).eval().requires_grad_(False)
-    evaluate = partial(math_metrics, reference=reference, tokenizer=tokenizer, problems=problems["eval"], config=config)
-    return Problem(tokenizer, model, draw(0), solution_pairs(held_out, 1, 0), evaluate, [], info)
+    pairs = solution_pairs(marked, config.pairs_per_problem, seed)
+    info |= {"samples": len(marked), "right": sum(marked["right"]) / len(marked), **_pair_numbers(pairs, problems["train"]),
+             "examples": [{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in pairs.select(range(3))]}
+    evaluate = partial(math_metrics, reference=copy.deepcopy(model).eval().requires_grad_(False), tokenizer=tokenizer, problems=problems["eval"], config=config)
+    answers = {tuple(tokenizer(p.prompt)["input_ids"]): p.answer for name in ("train", "eval") for p in problems[name]}
+    return Problem(tokenizer, model, pairs, solution_pairs(held_out, 1, 0), evaluate, info=info, reward=partial(exact_match, answers=answers),
+                   prompts=[list(ids) for ids in answers][-len(problems["eval"]):], max_new_tokens=config.response_tokens)
 
 # %% ../../nbs/experiments/44_math.ipynb #d493eb3b
 def _pair_numbers(pairs: Dataset, problems: Sequence[WordProblem]) -> dict:
@@ -368,10 +369,15 @@ def _pair_numbers(pairs: Dataset, problems: Sequence[WordProblem]) -> dict:
             "tokens_chosen": tokens("chosen_ids"), "tokens_rejected": tokens("rejected_ids"),
             "kinds": dict(Counter(c.kind for c in checks)), "steps": dict(sorted(Counter(c.step + 1 for c in checks).items()))}
 
-# %% ../../nbs/experiments/44_math.ipynb #d54e02a0
+# %% ../../nbs/experiments/44_math.ipynb #fc440cec
+VARIANTS.update({f"adpo-k{k}": LossRun("adpo", {"window": k}) for k in (1, 2, 4, 8, 16)})
+VARIANTS.update({f"adpo-m{m}": LossRun("adpo", {"segments": m}) for m in (2, 4, 8, 16, 32)})
+_LABELS = ("dpo", "adpo-k1", "adpo-m4", "adpo-k4", "adpo-m16", "sft", "tdpo2", "tbpo_a", "adpo-k2", "adpo-k8", "adpo-k16", "adpo-m2", "adpo-m8", "adpo-m32",
+           "ipo", "tdpo1", "bpo", "tbpo_q", "simpo")
+
 TASKS["math"] = Task("math", "stories with sums: right and wrong solutions of the same problem", {
     "nano": MathConfig(vocab_size=128, context=96, hidden_size=128, layers=4, heads=4, lm_tokens=6_000_000, lm_batch=32, lm_learning_rate=3e-3,
-                       max_length=160, beta=0.3, learning_rate=1e-4, steps=60, eval_steps=30, batch_size=32),
+                       max_length=160, beta=0.3, learning_rate=1e-4, steps=60, eval_steps=30, batch_size=32, losses=_LABELS, seeds=(0, 1, 2)),
     "smoke": MathConfig(vocab_size=128, context=96, hidden_size=64, layers=1, heads=2, lm_problems=2000, lm_tokens=250_000, lm_batch=16,
                         lm_learning_rate=1e-2, steps_told=(1, 2), largest=12, train_problems=64, eval_pair_problems=24, eval_problems=32,
                         response_tokens=48, max_length=112, steps=8, eval_steps=4, batch_size=16, beta=0.3, learning_rate=1e-3)}, prepare_math)

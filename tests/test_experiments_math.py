@@ -1,0 +1,102 @@
+"""Stories with sums: every problem has one solution, the checker finds where another breaks, and no list of problems knows another."""
+import random
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tokpref.evaluation import Samples
+from tokpref.experiments import math as stories
+from tokpref.experiments.compare import compare, find_task, resolve_losses
+from tokpref.experiments.math import (breaks, check_solution, draw_problems, exact_match, final_answer, marked_samples, math_tokenizer, solution_pairs,
+                                      split_problems)
+
+PROBLEMS = draw_problems(400, seed="test")
+
+
+def test_solutions_calculate_and_lead_to_the_answer():
+    for p in PROBLEMS:
+        sums = [re.search(r"(\d+) ([-+*/]) (\d+) = (\d+)", step).groups() for step in p.steps]
+        assert 2 <= len(sums) <= 4 and int(sums[-1][3]) == p.answer
+        for a, op, b, c in sums: assert {"+": int(a) + int(b), "-": int(a) - int(b), "*": int(a) * int(b), "/": int(a) / int(b)}[op] == int(c)
+        assert all(0 < int(c) <= 199 for *_, c in sums)
+
+
+def test_numbers_of_a_solution_come_from_the_story_or_from_a_step_before():
+    for p in PROBLEMS:
+        known = set(re.findall(r"\d+", p.question))
+        for step in p.steps:
+            a, b, c = re.findall(r"\d+", step)
+            assert {a, b} <= known, (p.question, step)
+            known.add(c)
+
+
+def test_some_stories_hold_a_number_that_is_not_needed():
+    used = [set(re.findall(r"\d+", " ".join(p.steps))) >= set(re.findall(r"\d+", p.question)) for p in PROBLEMS]
+    assert 0.55 < sum(used) / len(used) < 0.9
+
+
+def test_right_answer_on_another_way_is_seen():
+    p = next(p for p in PROBLEMS if len(p.steps) == 3)
+    skipped = "\n".join([*p.steps[1:], f"#### {p.answer}"])
+    check = check_solution(p, skipped)
+    assert check.right and check.step == 0 and check.kind == "plan"
+
+
+def test_text_behind_the_answer_or_none_at_all_is_no_right_end():
+    p = PROBLEMS[0]
+    assert check_solution(p, p.solution + "\n#### 1").kind == "end" and not check_solution(p, "\n".join(p.steps)).right
+    assert check_solution(p, "").step == 0 and final_answer("####") is None
+
+
+@pytest.mark.parametrize("text, value", [("#### 1,234", 1234), ("A: 5", 5), ("#### 3\n#### 4", 4), ("#### -2", -2), ("A: $12.50", 12.5), ("12", None)])
+def test_final_answer(text, value): assert final_answer(text) == value
+
+
+def test_no_problem_is_in_two_lists():
+    config = replace(find_task("math").profiles["smoke"], lm_problems=300, train_problems=100, eval_pair_problems=50, eval_problems=50)
+    lists = split_problems(config)
+    questions = [p.question for part in lists.values() for p in part]
+    assert len(set(questions)) == len(questions) == 500 and split_problems(config) == lists
+    with pytest.raises(ValueError, match="ask for fewer"): draw_problems(10**5, 0, (1, 1), 4)
+
+
+def made_samples(tokenizer, texts):
+    ids = [tokenizer(t)["input_ids"] + [tokenizer.eos_token_id] for t in texts]
+    prompt = tokenizer(PROBLEMS[0].prompt)["input_ids"]
+    return Samples([prompt] * len(texts), texts, [prompt] * len(texts), ids, [False] * len(texts), [0] * len(texts))
+
+
+def test_pairs_are_right_against_wrong_and_drawn_by_the_seed():
+    tokenizer, p = math_tokenizer(PROBLEMS, 128), PROBLEMS[0]
+    wrong = [p.solution.replace(f"#### {p.answer}", f"#### {p.answer + i}") for i in range(1, 6)]
+    samples = made_samples(tokenizer, [p.solution] * 3 + wrong)
+    marked = marked_samples(samples, [p])
+    assert marked["right"] == [True] * 3 + [False] * 5
+    pairs = solution_pairs(marked, 2, seed=0)
+    assert len(pairs) == 2 and set(pairs["chosen"]) == {p.solution} and len(set(pairs["rejected"])) == 2 and set(pairs["rejected"]) <= set(wrong)
+    assert {tuple(sorted(solution_pairs(marked, 2, seed)["rejected"])) for seed in range(8)} != {tuple(sorted(pairs["rejected"]))}
+    with pytest.raises(ValueError, match="no problem has a right and a wrong sample"): solution_pairs(marked.select([0, 1]), 2, 0)
+    numbers = breaks(samples, [p])
+    assert numbers["break_step"] == len(p.steps) + 1 and numbers["slips"] == numbers["plans"] == numbers["lucky"] == 0
+    assert torch.equal(exact_match(samples.prompts, samples.responses, {tuple(samples.prompts[0]): p.answer}), torch.tensor([1.0] * 3 + [0.0] * 5))
+
+
+def test_words_that_are_not_known_are_an_error_of_the_settings():
+    with pytest.raises(ValueError, match="set vocab_size"): math_tokenizer(PROBLEMS, 40)
+
+
+def test_every_granularity_is_a_label():
+    runs = resolve_losses(None, find_task("math").profiles["nano"])
+    assert runs["adpo-k8"].options == {"window": 8} and runs["adpo-m32"].options == {"segments": 32}
+    assert len({(run.loss, tuple(run.options.items())) for run in runs.values()}) == len(runs)
+
+
+def test_smoke_end_to_end(tmp_path, monkeypatch):
+    monkeypatch.delenv("TOKPREF_DATA", raising=False)
+    quick = {"lm_tokens": 120_000, "steps": 2, "eval_steps": 1, "eval_problems": 8}
+    record = compare("math", "smoke", losses=["adpo-m4"], seeds=(0, 1), out=tmp_path, overrides=quick, progress=False)
+    assert record["start"]["kl"] == pytest.approx(0, abs=1e-6) and {"greedy", "solved_any", "break_step", "lucky"} <= set(record["start"])
+    assert record["problem"]["train_pairs"] == sum(record["problem"]["kinds"].values()) and [run["seed"] for run in record["runs"]] == [0, 1]
+    assert stories.TASKS["math"].configure()[0] == "nano"
