@@ -9,7 +9,7 @@ import torch
 from tokpref.evaluation import Samples
 from tokpref.experiments import math as stories
 from tokpref.experiments.compare import compare, find_task, resolve_losses
-from tokpref.experiments.math import (breaks, check_solution, draw_problems, exact_match, final_answer, marked_samples, math_tokenizer, solution_pairs,
+from tokpref.experiments.math import (CARELESS, breaks, careless_solution, check_solution, draw_problems, exact_match, final_answer, marked_samples, math_tokenizer, solution_pairs,
                                       split_problems)
 
 PROBLEMS = draw_problems(400, seed="test")
@@ -52,6 +52,19 @@ def test_text_behind_the_answer_or_none_at_all_is_no_right_end():
 
 @pytest.mark.parametrize("text, value", [("#### 1,234", 1234), ("A: 5", 5), ("#### 3\n#### 4", 4), ("#### -2", -2), ("A: $12.50", 12.5), ("12", None)])
 def test_final_answer(text, value): assert final_answer(text) == value
+
+
+def test_a_careless_pupil_errs_in_one_way_and_goes_on_with_his_own_numbers():
+    for p in PROBLEMS:
+        for way in CARELESS:
+            own = careless_solution(p, way)
+            assert own.question == p.question and final_answer(own.solution) == own.answer
+            kinds = {check_solution(p, own.solution).kind}
+            assert kinds <= {"carry": {"", "slip"}, "sign": {"", "plan"}, "early": {"plan"}}[way], (p, own)
+    p = next(p for p in PROBLEMS if [" + " in s for s in p.steps] == [True, True] and check_solution(p, careless_solution(p, "carry").solution).step == 0)
+    first, second = (re.findall(r"\d+", s) for s in careless_solution(p, "carry").steps)
+    assert int(first[2]) == int(first[0]) + int(first[1]) - 10 and first[2] in second[:2]
+    with pytest.raises(ValueError, match="carry, sign, early"): careless_solution(p, "late")
 
 
 def test_no_problem_is_in_two_lists():
