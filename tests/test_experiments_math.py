@@ -1,16 +1,17 @@
 """Stories with sums: every problem has one solution, the checker finds where another breaks, and no list of problems knows another."""
-import random
 import re
 from dataclasses import replace
 
 import pytest
 import torch
 
+from tokpref import data
 from tokpref.evaluation import Samples
 from tokpref.experiments import math as stories
-from tokpref.experiments.compare import compare, find_task, resolve_losses
-from tokpref.experiments.math import (CARELESS, breaks, careless_solution, check_solution, draw_problems, exact_match, final_answer, marked_samples, math_tokenizer, solution_pairs,
+from tokpref.experiments.compare import TASKS, compare, find_task, resolve_losses
+from tokpref.experiments.math import (CARELESS, GSM8KConfig, breaks, careless_solution, check_solution, draw_problems, exact_match, final_answer, marked_samples, math_tokenizer, solution_pairs,
                                       split_problems)
+from tokpref.experiments.scratch import ScratchConfig, fresh_model, train_lm, train_tokenizer
 
 PROBLEMS = draw_problems(400, seed="test")
 
@@ -108,8 +109,42 @@ def test_every_granularity_is_a_label():
 
 def test_smoke_end_to_end(tmp_path, monkeypatch):
     monkeypatch.delenv("TOKPREF_DATA", raising=False)
-    quick = {"lm_tokens": 120_000, "steps": 2, "eval_steps": 1, "eval_problems": 8}
+    quick = {"lm_tokens": 120_000, "mixed_tokens": 20_000, "steps": 2, "eval_steps": 1, "eval_problems": 8}
     record = compare("math", "smoke", losses=["adpo-m4"], seeds=(0, 1), out=tmp_path, overrides=quick, progress=False)
     assert record["start"]["kl"] == pytest.approx(0, abs=1e-6) and {"greedy", "solved_any", "break_step", "lucky"} <= set(record["start"])
     assert record["problem"]["train_pairs"] == sum(record["problem"]["kinds"].values()) and [run["seed"] for run in record["runs"]] == [0, 1]
     assert stories.TASKS["math"].configure()[0] == "nano"
+
+
+def test_own_samples_of_a_model_in_a_folder(tmp_path):
+    "The way of the profiles `colab` and `paper`, with a small model and stories in the place of GSM8K."
+    config = GSM8KConfig(model=str(tmp_path / "model"), questions="stories", completions=6, train_questions=60, test_questions=8, lora_rank=4, max_length=160,
+                         max_new_tokens=40, eval_batch=64, steps=2, eval_steps=1, batch_size=8, micro_batch=4, beta=1.0, learning_rate=1e-3)
+    problems = stories.gsm8k_problems(config, "train")
+    texts = [f"{p.prompt} {p.solution}" for p in problems]
+    tokenizer = train_tokenizer(texts, 360)
+    small = ScratchConfig(hidden_size=64, layers=1, heads=2, context=128, lm_tokens=250_000, lm_batch=16, lm_learning_rate=1e-2)
+    model = fresh_model(tokenizer, small)
+    train_lm(model, [tokenizer(text)["input_ids"] + [tokenizer.eos_token_id] for text in texts], small)
+    model.save_pretrained(tmp_path / "model"), tokenizer.save_pretrained(tmp_path / "model")
+    TASKS["gsm8k-test"] = replace(find_task("math"), name="gsm8k-test", profiles={"only": config})
+    try: record = compare("gsm8k-test", losses=["dpo"], out=tmp_path / "out", progress=False)
+    finally: del TASKS["gsm8k-test"]
+    assert record["problem"]["train_pairs"] > 8 and {"reward", "greedy", "accuracy"} <= set(record["runs"][0]["metrics"])
+    assert record["start"]["kl"] == pytest.approx(0, abs=1e-5) and record["runs"][0]["metrics"]["kl"] != 0
+
+
+def test_accuracies_by_author():
+    pairs = {"chosen_model": ["human", "human", "6b", "6b"]}
+    assert stories.author_accuracies(pairs, [1.0, -1.0, 2.0, 0.0]) == {"all": 0.625, "person": 0.5, "model": 0.75}
+
+
+@pytest.mark.skipif(not data.data_root(), reason="needs the data")
+def test_given_pairs_know_their_authors(tmp_path):
+    quick = {"lm_tokens": 20_000, "hidden_size": 32, "layers": 1, "heads": 2, "train_pairs": 16, "eval_pairs": 24, "prompts": 2, "max_new_tokens": 8, "steps": 2,
+             "eval_steps": 2, "batch_size": 4}
+    record = compare("math", "pairs", losses=["dpo"], seeds=[0], out=tmp_path, overrides=quick, progress=False)
+    found = record["runs"][0]["metrics"]
+    assert min(found["accuracy_person"], found["accuracy_model"]) <= found["accuracy"] <= max(found["accuracy_person"], found["accuracy_model"])
+    test = stories.gsm8k_problems(stories.GSM8KConfig(test_questions=5), "test")
+    assert all(final_answer(p.solution) == p.answer and "<<" not in p.solution for p in test) and test[0].prompt.startswith("Question: ")

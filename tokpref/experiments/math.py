@@ -6,7 +6,8 @@
 __all__ = ['PEOPLE', 'THINGS', 'BOXES', 'CARELESS', 'WordProblem', 'Story', 'word_problem', 'draw_problems', 'final_answer',
            'Check', 'check_solution', 'careless_solution', 'math_tokenizer', 'MathConfig', 'split_problems',
            'mixed_solutions', 'fine_tune', 'solve', 'marked_samples', 'solution_pairs', 'exact_match', 'breaks',
-           'math_metrics', 'prepare_math']
+           'math_metrics', 'prepare_stories', 'GSM8KConfig', 'author_accuracies', 'gsm8k_problems', 'FramedProblem',
+           'SolveMeasure', 'prepare_gsm8k', 'prepare_math']
 
 # %% ../../nbs/experiments/44_math.ipynb #9914a07b
 import copy
@@ -25,9 +26,11 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from ..data import shared_prefix
-from ..evaluation import Samples, reward_kl_point, sample
+from ..data import PreferenceCollator, load_texts, prepare, qa_pair, shared_prefix
+from ..evaluation import Samples, encode_prompt, preference_table, reward_kl_point, sample
 from .compare import TASKS, VARIANTS, LossRun, Problem, Task, write_json
+from .hub import (HubConfig, SFTConfig, accumulation, checkpointing, load_model, load_pairs, load_tokenizer, lora, pick_precision,
+                                     prepare_pairs, sft, sft_rows)
 from .scratch import ScratchConfig, Stages, fresh_model, train_lm
 
 # %% ../../nbs/experiments/44_math.ipynb #0c95cfd8
@@ -251,9 +254,9 @@ class MathConfig(ScratchConfig):
 
     steps_told: tuple[int, int] = (2, 4)    # steps of a solution, fewest and most
     largest: int = 199                      # number in a story
-    lm_problems: int = 60_000               # that the start is fine-tuned on
-    careless: float = 0.5                   # share of solutions by careless pupils, in the second half of the fine-tuning
-    mixed_tokens: int = 1_000_000           # of the second half
+    lm_problems: int = 60_000               # that the start is trained on
+    careless: float = 0.5                   # share of solutions by careless pupils, in the second training
+    mixed_tokens: int = 1_000_000           # of the second training; 0: there is none
     mixed_learning_rate: float = 1e-3
     train_problems: int = 1500              # others, that pairs are made of
     completions: int = 8                    # samples of the start for each of them
@@ -340,7 +343,7 @@ def math_metrics(model, reference, tokenizer, problems: Sequence[WordProblem], c
             "greedy": float(reward(greedy.prompts, greedy.responses).mean()),
             "solved_any": sum(bool(found[group].any()) for group in samples.groups()) / len(problems), **breaks(samples, problems)}
 
-# %% ../../nbs/experiments/44_math.ipynb #7a063ca4
+# %% ../../nbs/experiments/44_math.ipynb #f098cc56
 _STAGES = {"tokenizer": ("data_seed", "lm_problems", "steps_told", "largest", "vocab_size"),
            "model": ("tokenizer", "context", "hidden_size", "layers", "heads", "lm_tokens", "lm_batch", "lm_learning_rate"),
            "start": ("model", "careless", "mixed_tokens", "mixed_learning_rate"),
@@ -364,9 +367,9 @@ def _make_model(folder: Path, problems: Sequence[WordProblem], tokenizer, config
 
 def _make_start(folder: Path, problems: Sequence[WordProblem], tokenizer, model, config: MathConfig, progress: bool) -> str:
     config = replace(config, lm_tokens=config.mixed_tokens, lm_learning_rate=config.mixed_learning_rate)
-    loss = fine_tune(model, tokenizer, mixed_solutions(problems, config), config, progress)
+    loss = fine_tune(model, tokenizer, mixed_solutions(problems, config), config, progress) if config.mixed_tokens else 0.0
     model.save_pretrained(folder)
-    return f"{loss:.3f} nats a token at the end, {config.careless:.0%} of the solutions by careless pupils"
+    return f"{loss:.3f} nats a token at the end, {config.careless:.0%} of the solutions by careless pupils" if loss else "the model as it is"
 
 
 def _make_samples(folder: Path, problems: dict[str, list[WordProblem]], tokenizer, model, config: MathConfig, progress: bool) -> str:
@@ -378,8 +381,8 @@ def _make_samples(folder: Path, problems: dict[str, list[WordProblem]], tokenize
         said.append(f"{len(marked):,} samples, {sum(marked['right']) / len(marked):.1%} right")
     return "; ".join(said)
 
-# %% ../../nbs/experiments/44_math.ipynb #f098cc56
-def prepare_math(config: MathConfig, folder: Path, progress: bool = True, seed: int = 0) -> Problem:
+# %% ../../nbs/experiments/44_math.ipynb #7a063ca4
+def prepare_stories(config: MathConfig, folder: Path, progress: bool = True, seed: int = 0) -> Problem:
     "Stories with sums as a `Problem`, every stage kept in `folder`; `seed` draws the pairs from the samples."
     stages, problems = Stages(config, Path(folder), _STAGES, progress), split_problems(config)
     place = stages.run("tokenizer", lambda f: _make_tokenizer(f, problems["lm"], config))
@@ -419,4 +422,147 @@ TASKS["math"] = Task("math", "stories with sums: right and wrong solutions of th
                        max_length=160, beta=0.3, learning_rate=3e-5, steps=32, eval_steps=16, batch_size=32, losses=_LABELS, seeds=(0, 1, 2)),
     "smoke": MathConfig(vocab_size=128, context=96, hidden_size=64, layers=1, heads=2, lm_problems=2000, lm_tokens=250_000, lm_batch=16,
                         lm_learning_rate=1e-2, steps_told=(1, 2), largest=12, mixed_tokens=60_000, train_problems=64, eval_pair_problems=24, eval_problems=32,
-                        response_tokens=48, max_length=112, steps=8, eval_steps=4, batch_size=16, beta=0.3, learning_rate=1e-3)}, prepare_math)
+                        response_tokens=48, max_length=112, steps=8, eval_steps=4, batch_size=16, beta=0.3, learning_rate=1e-3)}, prepare_stories)
+
+# %% ../../nbs/experiments/44_math.ipynb #5145c892
+@dataclass(frozen=True)
+class GSM8KConfig(HubConfig):
+    "GSM8K with given pairs, or with pairs of a model's own samples."
+
+    source: str = "gsm8k-preferences"   # of the given pairs
+    questions: str = "gsm8k"            # alias or folder with columns question and answer; "stories": made here
+    completions: int = 0                # samples of the start for each training question, of which pairs are made; 0: the given pairs
+    train_questions: int = 0            # 0: all
+    test_questions: int = 0             # of the test split, to measure on; 0: all
+    pairs_per_problem: int = 2
+
+# %% ../../nbs/experiments/44_math.ipynb #df9efa43
+def author_accuracies(pairs: Dataset, margins: Sequence[float]) -> dict[str, float]:
+    "Share of positive margins, a tie for one half: over all pairs, where a person wrote the chosen solution, and where a model wrote both."
+    right = (torch.as_tensor(margins).double().cpu().sign() + 1) / 2
+    human = torch.tensor([author == "human" for author in pairs["chosen_model"]])
+    return {"all": float(right.mean()), "person": float(right[human].mean()), "model": float(right[~human].mean())}
+
+# %% ../../nbs/experiments/44_math.ipynb #3280a818
+def _with_authors(problem: Problem, config: GSM8KConfig) -> Problem:
+    "The problem of `prepare_pairs`, with the accuracies by author at the end of a run."
+    known = {tuple(qa_pair(row)[k] for k in ("prompt", "chosen", "rejected")): row["chosen_model"] for row in load_texts(config.source, config.test_split)}
+    held = load_pairs(config).eval.select(problem.eval["row"])
+    authors = Dataset.from_dict({"chosen_model": [known[row["prompt"], row["chosen"], row["rejected"]] for row in held]})
+    measure, pairs = problem.evaluate, problem.eval
+
+    def final(model) -> dict[str, float]:
+        reference = measure.reference if measure.reference is not None or hasattr(model, "disable_adapter") else model
+        table = preference_table(model, reference, pairs, PreferenceCollator(problem.tokenizer.pad_token_id), batch_size=config.eval_batch, progress=False)
+        found = author_accuracies(authors, table["implicit/margins"])
+        return {"accuracy_person": found["person"], "accuracy_model": found["model"]}
+
+    return replace(problem, final=final)
+
+# %% ../../nbs/experiments/44_math.ipynb #9abe9fdc
+def gsm8k_problems(config: GSM8KConfig, split: str) -> list[WordProblem]:
+    "Questions with their worked answers as problems; prompts as everywhere in this package, `Question: ...`, `Answer:`."
+    n = {"train": config.train_questions, "test": config.test_questions}[split]
+    if config.questions == "stories": return [FramedProblem(p.question, p.steps, p.answer) for p in draw_problems(n or 200, split, (1, 2), 12)]
+    data = load_texts(config.questions, split)
+    rows = [re.sub(r"<<.*?>>", "", answer).rpartition("\n#### ") for answer in data["answer"]]
+    found = [FramedProblem(q.strip(), tuple(a.split("\n")), int(number.replace(",", ""))) for q, (a, _, number) in zip(data["question"], rows)]
+    return random.Random(config.data_seed).sample(found, n) if n else found
+
+
+class FramedProblem(WordProblem):
+    "A problem as a base model is asked it."
+
+    @property
+    def prompt(self) -> str: return f"Question: {self.question}\nAnswer:"
+
+# %% ../../nbs/experiments/44_math.ipynb #cd7342b4
+@dataclass
+class SolveMeasure:
+    "Exact match on test questions, sampled and greedy, and the KL from the reference."
+
+    tokenizer: object
+    reference: torch.nn.Module | None   # None: the policy has an adapter, and the reference is the policy without
+    problems: Sequence[WordProblem]
+    config: GSM8KConfig
+    mixed: str = "no"                   # see Precision
+
+    def __post_init__(self):
+        self.prompts = [encode_prompt(p.prompt, self.tokenizer) for p in self.problems]
+        self.answers = {tuple(ids): p.answer for ids, p in zip(self.prompts, self.problems)}
+
+    def __call__(self, model) -> dict[str, float]:
+        "The metrics of `reward_kl_point`, and `greedy`."
+        reference, config = self.reference if self.reference is not None or hasattr(model, "disable_adapter") else model, self.config
+        reward, kind = partial(exact_match, answers=self.answers), {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.mixed)
+        with torch.autocast("cuda", kind, enabled=kind is not None):
+            draw = partial(sample, model, self.tokenizer, self.prompts, 1, config.max_new_tokens, batch_size=config.eval_batch, seed=config.data_seed + 4, progress=False)
+            point, greedy = reward_kl_point(model, reference, draw(), reward, config.eval_batch, progress=False), draw(temperature=0.0)
+        return {**point, "greedy": float(reward(greedy.prompts, greedy.responses).mean())}
+
+# %% ../../nbs/experiments/44_math.ipynb #45157c89
+_GSM8K_STAGES = {"start": ("model", "questions", "train_questions", "data_seed", "precision", "lora_rank", "sft_epochs", "sft_batch", "sft_learning_rate",
+                           "sft_warmup_steps", "max_length"),
+                 "solutions": ("start", "completions", "max_new_tokens")}
+
+
+def _make_gsm8k_start(folder: Path, problems: Sequence[WordProblem], tokenizer, config: GSM8KConfig, precision, work: Path, progress: bool) -> str:
+    texts = Dataset.from_list([{"prompt": p.prompt, "chosen": f" {p.solution}", "rejected": " "} for p in problems])
+    rows = sft_rows(prepare(texts, tokenizer, config.max_length, examples=0, on_bad_row="drop")[0])
+    settings = SFTConfig(config.sft_epochs, config.sft_batch, config.micro_batch, config.sft_learning_rate, config.sft_warmup_steps, "adamw_torch",
+                         "cosine", 1.0, lora_rank=config.lora_rank, gradient_checkpointing=config.gradient_checkpointing)
+    model = load_model(config.model, precision.frozen if config.lora_rank else torch.float32)
+    if config.sft_epochs: model = sft(model, tokenizer, rows, settings, work, precision, progress)
+    model.save_pretrained(folder)
+    return f"{config.sft_epochs:g} epochs over {len(rows):,} solutions"
+
+
+def _make_solutions(folder: Path, problems: Sequence[WordProblem], tokenizer, model, config: GSM8KConfig, progress: bool) -> str:
+    samples = sample(model, tokenizer, [encode_prompt(p.prompt, tokenizer) for p in problems], config.completions, config.max_new_tokens,
+                     batch_size=config.eval_batch, seed=config.data_seed, progress=progress)
+    marked = marked_samples(samples, problems)
+    marked.to_parquet(folder / "train.parquet")
+    return f"{len(marked):,} samples, {sum(marked['right']) / len(marked):.1%} right"
+
+# %% ../../nbs/experiments/44_math.ipynb #518cff77
+def prepare_gsm8k(config: GSM8KConfig, folder: Path, progress: bool = True, seed: int = 0) -> Problem:
+    "GSM8K as a `Problem`: given pairs, whose accuracy is measured, or pairs of the start's own samples and exact match on the test split."
+    if not config.completions: return _with_authors(prepare_pairs(config, folder, progress, seed), config)
+    precision, stages, folder = pick_precision(config.precision), Stages(config, Path(folder), _GSM8K_STAGES, progress), Path(folder)
+    train, test, tokenizer = *(gsm8k_problems(config, split) for split in ("train", "test")), load_tokenizer(config.model)
+    work = folder / f"start-{stages.key('start')}.checkpoints"
+    place = stages.run("start", lambda f: _make_gsm8k_start(f, train, tokenizer, config, precision, work, progress))
+    model = load_model(str(place), precision.frozen if config.lora_rank else torch.float32).eval()
+    place = stages.run("solutions", lambda f: _make_solutions(f, train, tokenizer, model, config, progress))
+    marked = Dataset.from_parquet(str(place / "train.parquet"))
+    inside = {i for i, p in enumerate(dict.fromkeys(marked["problem"])) if i % 20 == 0}     # one question in twenty is held out of training
+    parts = [marked.select([i for i, k in enumerate(marked["problem"]) if (k in inside) == held]) for held in (False, True)]
+    pairs, held_out = solution_pairs(parts[0], config.pairs_per_problem, seed), solution_pairs(parts[1], 1, 0)
+    adapter = lora(config.lora_rank, config.lora_alpha) if config.lora_rank else None
+    more = {**precision.arguments(), **accumulation(config.batch_size, config.micro_batch), **checkpointing(config.gradient_checkpointing)}
+    if precision.mixed == "fp16": more["one_pass"] = False      # one pass keeps gradients before they are scaled: small ones would be lost
+    measure = SolveMeasure(tokenizer, None if adapter else copy.deepcopy(model).requires_grad_(False), test, config, precision.mixed)
+    info = {"samples": len(marked), "right": sum(marked["right"]) / len(marked), "train_pairs": len(pairs), "questions": len(train), "test": len(test)}
+    return Problem(tokenizer, model, pairs, held_out, measure, info=info, adapter=adapter, arguments=more)
+
+
+def prepare_math(config: MathConfig | GSM8KConfig, folder: Path, progress: bool = True, seed: int = 0) -> Problem:
+    "The problem of a profile of this task: stories, or GSM8K."
+    return (prepare_gsm8k if isinstance(config, GSM8KConfig) else prepare_stories)(config, folder, progress, seed)
+
+# %% ../../nbs/experiments/44_math.ipynb #305cf696
+_SWEEP = ("dpo", *[f"adpo-k{k}" for k in (1, 2, 4, 8)], *[f"adpo-m{m}" for m in (2, 16, 128, 256, 512)])
+VARIANTS.update({f"adpo-m{m}": LossRun("adpo", {"segments": m}) for m in (128, 256, 512)})
+
+TASKS["math"] = replace(TASKS["math"], prepare=prepare_math, profiles={
+    **TASKS["math"].profiles,
+    "pairs": GSM8KConfig(losses=("dpo", "adpo-k1", "tdpo2", "tbpo_a"), seeds=(0, 1, 2), vocab_size=1024, context=256, hidden_size=128, layers=4, heads=4, lm_batch=32,
+                         lm_tokens=1_500_000, max_words=110, max_length=448, max_prompt_length=192, eval_pairs=0, prompts=32, max_new_tokens=96, eval_batch=32,
+                         steps=60, eval_steps=60, batch_size=16, learning_rate=2e-4),
+    "colab": GSM8KConfig(model="Qwen/Qwen2.5-0.5B", completions=8, train_questions=2000, test_questions=400, lora_rank=16, sft_epochs=1.0, sft_batch=16,
+                         sft_learning_rate=2e-4, sft_warmup_steps=20, gradient_checkpointing=True, micro_batch=4, eval_batch=64, max_length=512,
+                         max_new_tokens=256, losses=_SWEEP, steps=200, eval_steps=100, batch_size=32, beta=1.0, learning_rate=4e-5, optimizer="adamw_torch"),
+    "paper": GSM8KConfig(model="meta-llama/Meta-Llama-3-8B", completions=64, lora_rank=16, sft_epochs=1.0, sft_batch=32, sft_learning_rate=2e-5,
+                         gradient_checkpointing=True, micro_batch=4, eval_batch=64, max_length=1024, max_new_tokens=512, losses=_SWEEP, seeds=(0, 1, 2), steps=1400,
+                         eval_steps=700, batch_size=32, beta=1.0, learning_rate=2e-5, optimizer="adamw_torch")})
+list(TASKS["math"].profiles)
