@@ -262,7 +262,7 @@ class MathConfig(ScratchConfig):
     completions: int = 8                    # samples of the start for each of them
     pairs_per_problem: int = 2              # at most, and each sample in one pair only
     eval_pair_problems: int = 150           # others, for the held-out pairs
-    eval_problems: int = 160                # others, to measure on
+    eval_problems: int = 144                # others, to measure on
     eval_samples: int = 2                   # for each of those, besides the greedy one
     response_tokens: int = 76               # most tokens of a solution
 
@@ -419,7 +419,7 @@ _LABELS = ("dpo", "adpo-k1", "adpo-m4", "adpo-k4", "adpo-m16", "sft", "tdpo2", "
 
 TASKS["math"] = Task("math", "stories with sums: right and wrong solutions of the same problem", {
     "nano": MathConfig(vocab_size=128, context=96, hidden_size=128, layers=4, heads=4, lm_tokens=6_000_000, lm_batch=32, lm_learning_rate=3e-3,
-                       max_length=160, beta=0.3, learning_rate=3e-5, steps=32, eval_steps=16, batch_size=32, losses=_LABELS, seeds=(0, 1, 2)),
+                       max_length=160, beta=1.0, learning_rate=4e-5, steps=32, eval_steps=16, batch_size=32, losses=_LABELS, seeds=(0, 1, 2)),
     "smoke": MathConfig(vocab_size=128, context=96, hidden_size=64, layers=1, heads=2, lm_problems=2000, lm_tokens=250_000, lm_batch=16,
                         lm_learning_rate=1e-2, steps_told=(1, 2), largest=12, mixed_tokens=60_000, train_problems=64, eval_pair_problems=24, eval_problems=32,
                         response_tokens=48, max_length=112, steps=8, eval_steps=4, batch_size=16, beta=0.3, learning_rate=1e-3)}, prepare_stories)
