@@ -507,7 +507,7 @@ _GSM8K_STAGES = {"start": ("model", "questions", "train_questions", "data_seed",
 
 
 def _make_gsm8k_start(folder: Path, problems: Sequence[WordProblem], tokenizer, config: GSM8KConfig, precision, work: Path, progress: bool) -> str:
-    texts = Dataset.from_list([{"prompt": p.prompt, "chosen": f" {p.solution}", "rejected": " "} for p in problems])
+    texts = Dataset.from_list([{"prompt": p.prompt, "chosen": f" {p.solution}", "rejected": " ."} for p in problems])
     rows = sft_rows(prepare(texts, tokenizer, config.max_length, examples=0, on_bad_row="drop")[0])
     settings = SFTConfig(config.sft_epochs, config.sft_batch, config.micro_batch, config.sft_learning_rate, config.sft_warmup_steps, "adamw_torch",
                          "cosine", 1.0, lora_rank=config.lora_rank, gradient_checkpointing=config.gradient_checkpointing)
