@@ -31,7 +31,7 @@ from ..evaluation import Samples, encode_prompt, preference_table, reward_kl_poi
 from .compare import TASKS, VARIANTS, LossRun, Problem, Task, write_json
 from .hub import (HubConfig, SFTConfig, accumulation, checkpointing, load_model, load_pairs, load_tokenizer, lora, pick_precision,
                                      prepare_pairs, sft, sft_rows)
-from .scratch import ScratchConfig, Stages, fresh_model, train_lm
+from .scratch import ScratchConfig, Stages, fastest_device, fresh_model, train_lm
 
 # %% ../../nbs/experiments/44_math.ipynb #0c95cfd8
 @dataclass(frozen=True)
@@ -357,7 +357,7 @@ def _make_tokenizer(folder: Path, problems: Sequence[WordProblem], config: MathC
 
 
 def _make_model(folder: Path, problems: Sequence[WordProblem], tokenizer, config: MathConfig, progress: bool) -> str:
-    model = fresh_model(tokenizer, config)
+    model = fresh_model(tokenizer, config).to(fastest_device())
     info = {"parameters": sum(p.numel() for p in model.parameters()), "problems": len(problems),
             "train_loss": fine_tune(model, tokenizer, problems, config, progress)}
     model.save_pretrained(folder)
@@ -388,9 +388,9 @@ def prepare_stories(config: MathConfig, folder: Path, progress: bool = True, see
     place = stages.run("tokenizer", lambda f: _make_tokenizer(f, problems["lm"], config))
     tokenizer = PreTrainedTokenizerFast.from_pretrained(place)
     place = stages.run("model", lambda f: _make_model(f, problems["lm"], tokenizer, config, progress))
-    model, info = LlamaForCausalLM.from_pretrained(place), {"model": json.loads((place / "info.json").read_text())}
+    model, info = LlamaForCausalLM.from_pretrained(place).to(fastest_device()), {"model": json.loads((place / "info.json").read_text())}
     place = stages.run("start", lambda f: _make_start(f, problems["lm"], tokenizer, model, config, progress))
-    model = LlamaForCausalLM.from_pretrained(place)
+    model = LlamaForCausalLM.from_pretrained(place).to(fastest_device())
     place = stages.run("samples", lambda f: _make_samples(f, problems, tokenizer, model, config, progress))
     marked, held_out = (Dataset.from_parquet(str(place / f"{name}.parquet")) for name in ("train", "held_out"))
     pairs = solution_pairs(marked, config.pairs_per_problem, seed)
