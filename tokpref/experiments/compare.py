@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['VARIANTS', 'BASELINES', 'TASKS', 'LossRun', 'Baseline', 'RunConfig', 'parse_label', 'swept', 'resolve_losses',
            'Problem', 'Task', 'find_task', 'PathCallback', 'run_arguments', 'held_out_metrics', 'measure', 'train_one',
-           'fingerprint', 'own_settings', 'write_json', 'read_json', 'versions', 'hardware', 'compare',
+           'fingerprint', 'own_settings', 'write_json', 'read_json', 'versions', 'hardware', 'compare', 'merge_records',
            'optimal_reward', 'summarise', 'comparison_table', 'read_path', 'path_band', 'paired_difference',
            'comparison_figure', 'history_figure']
 
@@ -466,6 +466,19 @@ def compare(
     write_json(folder / "comparison.json", record)
     return record
 
+# %% ../../nbs/experiments/30_compare.ipynb #905123bb
+def merge_records(
+    first: dict,        # what `compare` returned
+    *others: dict,      # of the same task, profile and settings
+) -> dict:              # as `first`, with the runs of all
+    "The runs of several comparisons as one record. Raises `ValueError` when they differ in more than their runs."
+    runs = {(run["label"], run["seed"]): run for record in (first, *others) for run in record["runs"]}
+    for record in others:
+        differ = [name for name in ("task", "profile", "config") if record[name] != first[name]]
+        if differ: raise ValueError(f"the records differ in {differ[0]}: only runs of the same comparison can be put together")
+    spent = sum(run.get("seconds", 0) + run.get("evaluation_seconds", 0) for run in runs.values())
+    return {**first, "seeds": sorted({seed for _, seed in runs}), "wall_seconds": round(spent, 1), "runs": list(runs.values())}
+
 # %% ../../nbs/experiments/30_compare.ipynb #736ebc29
 def optimal_reward(
     optimum: Sequence[Sequence[float]],     # (kl, reward) points
@@ -529,6 +542,7 @@ def comparison_table(
     "The comparison as plain text, the start in the first line."
     value, lines = record.get("value", "reward"), [{**record["start"], "label": "start"}, *summarise(record, columns)]
     columns = [c for c in columns if any(line.get(c[1]) is not None for line in lines)]
+    if len({line["seeds"] for line in lines[1:]}) > 1: columns = [("seeds", "seeds", "d"), *columns]
     rows = [["loss", *[title for title, _, _ in columns]]]
     rows += [[line["label"], *[_cell(line, key, form, value) for _, key, form in columns]] for line in lines]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
