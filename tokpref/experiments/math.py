@@ -422,7 +422,7 @@ TASKS["math"] = Task("math", "stories with sums: right and wrong solutions of th
                        max_length=160, beta=1.0, learning_rate=4e-5, steps=32, eval_steps=16, batch_size=32, losses=_LABELS, seeds=(0, 1, 2)),
     "smoke": MathConfig(vocab_size=128, context=96, hidden_size=64, layers=1, heads=2, lm_problems=2000, lm_tokens=250_000, lm_batch=16,
                         lm_learning_rate=1e-2, steps_told=(1, 2), largest=12, mixed_tokens=60_000, train_problems=64, eval_pair_problems=24, eval_problems=32,
-                        response_tokens=48, max_length=112, steps=8, eval_steps=4, batch_size=16, beta=0.3, learning_rate=1e-3)}, prepare_stories)
+                        response_tokens=48, max_length=112, steps=8, eval_steps=4, batch_size=16, beta=0.3, learning_rate=3e-4)}, prepare_stories)
 
 # %% ../../nbs/experiments/44_math.ipynb #5145c892
 @dataclass(frozen=True)
