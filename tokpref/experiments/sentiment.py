@@ -415,7 +415,8 @@ def _measured(config: SentimentConfig, stages: Stages, reviews: Callable, start:
     place = stages.run("measure", lambda f: _make_measure(f, reviews(), *start, config, stages.progress))
     held_out, rest = Dataset.from_parquet(str(place / "eval.parquet")), read_json(place / "rest.json")
     place = stages.run("pairs", lambda f: _make_pairs(f, reviews(), *start, config, stages.progress, seed, rest["avoid"]), seed=seed)
-    info = {**rest["info"], **read_json(place / "info.json"), "optimum": "estimated from samples of the start"}
+    tokens = {side: sum(map(len, held_out[f"{side}_ids"])) / len(held_out) for side in ("chosen", "rejected")}
+    info = {**rest["info"], **read_json(place / "info.json"), "eval_tokens": tokens, "optimum": "estimated from samples of the start"}
     evaluate = partial(review_metrics, reference=reference, tokenizer=tokenizer, prompts=rest["prompts"], reward=reward, config=config)
     return Problem(tokenizer, model, Dataset.from_parquet(str(place / "train.parquet")), held_out, evaluate, rest["optimum"], info, reward=reward,
                    prompts=rest["prompts"], max_new_tokens=config.context - config.prompt_tokens[1])
