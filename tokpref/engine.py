@@ -54,9 +54,8 @@ class _Gradients:
 
     def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, baseline: Tensor | None):
         wide = _wide(weight.dtype)
-        def zeros(x, dtype=None):
-            return torch.zeros(x.shape, dtype=dtype or x.dtype, device=x.device) if x is not None and x.requires_grad else None
-        self.hidden, self.bias, self.baseline = zeros(hidden), zeros(bias, wide), zeros(baseline)
+        def zeros(x): return torch.zeros(x.shape, dtype=wide, device=x.device) if x is not None and x.requires_grad else None
+        self.hidden, self.bias, self.baseline = zeros(hidden), zeros(bias), zeros(baseline)
         self.weight = _fresh(*weight.shape, wide, weight.device) if weight.requires_grad else None
         self.started = False
 
@@ -70,11 +69,10 @@ class _Gradients:
             else: self.weight = g.T @ hidden + (self.weight if self.started else 0.0)
             self.started = True
 
-    def finished(self, inputs: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-        "One gradient for each input, in the input's dtype; None where none was asked for."
+    def finished(self) -> tuple[Tensor | None, ...]:
+        "One gradient for each input; None where none was asked for."
         if self.weight is not None and not self.started: self.weight.zero_()
-        sums = self.hidden, self.weight, self.bias, self.baseline
-        return tuple(None if g is None else g.to(x.dtype) for g, x in zip(sums, inputs))
+        return self.hidden, self.weight, self.bias, self.baseline
 
 # %% ../nbs/library/29_one_pass.ipynb #19ef22e9
 class _Positions(NamedTuple):
@@ -139,13 +137,15 @@ class _Attach(torch.autograd.Function):
     @staticmethod
     def forward(ctx, value: Tensor, grads: tuple[Tensor | None, ...], *inputs: Tensor | None) -> Tensor:
         ctx.save_for_backward(*grads)
+        ctx.dtypes = [None if x is None else x.dtype for x in inputs]
         return value.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream: Tensor):
         plain = upstream.device.type == "cpu" and upstream.item() == 1.0
-        return None, None, *(g if g is None or plain else g * upstream.to(g.dtype) for g in ctx.saved_tensors)
+        scaled = (g if g is None or plain else g * upstream.to(g.dtype) for g in ctx.saved_tensors)
+        return None, None, *(None if g is None else g.to(dtype) for g, dtype in zip(scaled, ctx.dtypes))
 
 # %% ../nbs/library/29_one_pass.ipynb #3d91fc16
 class BatchLoss(NamedTuple):
@@ -271,7 +271,7 @@ def _from_scores(policy: tuple, reference: tuple | None, layout: _Layout, given:
         pairs = loss(chosen, rejected)
         if grads is None: return BatchLoss(pairs.mean(), pairs, chosen, rejected)
         if one_pass: _same_for_all(losses, pairs)
-    value = _Attach.apply(pairs.mean(), grads.finished(inputs), *inputs)
+    value = _Attach.apply(pairs.mean(), grads.finished(), *inputs)
     return BatchLoss(value, pairs, chosen, rejected)
 
 

@@ -157,6 +157,7 @@ class HubConfig(ScratchConfig):
     "A preference dataset, a model to start from, what it is fine-tuned on, and what is measured."
 
     model: str = "scratch"              # id on the hub, folder, or "scratch": made from the training texts
+    tokenizer_name: str = ""            # id or folder, for a model that comes without its tokenizer; "": the model's own
     precision: str = "auto"             # see pick_precision
     lora_rank: int = 0                  # 0: every loss trains all weights
     lora_alpha: int = 0                 # 0: twice the rank
@@ -388,7 +389,7 @@ _STAGES = {     # stage -> settings, and stages, that it depends on
     "pairs": ("source", "data_dir", "train_split", "test_split", "as_messages", "train_pairs", "eval_pairs", "max_words", "data_seed"),
     "tokenizer": ("pairs", "vocab_size"),
     "language_model": ("tokenizer", "context", "hidden_size", "layers", "heads", "lm_tokens", "lm_batch", "lm_learning_rate"),
-    "sft": ("language_model", "model", "precision", "lora_rank", "lora_alpha", "max_length", "max_prompt_length", "sft_epochs", "sft_batch",
+    "sft": ("language_model", "model", "tokenizer_name", "precision", "lora_rank", "lora_alpha", "max_length", "max_prompt_length", "sft_epochs", "sft_batch",
             "sft_learning_rate", "sft_warmup_steps")}
 
 
@@ -418,7 +419,7 @@ def _base(config: HubConfig, pairs: PairData, stages: Stages, dtype: torch.dtype
     "Tokenizer, model and what is known of it, before any fine-tuning."
     if config.model != "scratch":
         model = load_model(config.model, dtype)
-        return load_tokenizer(config.model), model, {"parameters": sum(p.numel() for p in model.parameters())}
+        return load_tokenizer(config.tokenizer_name or config.model), model, {"parameters": sum(p.numel() for p in model.parameters())}
     if config.as_messages: raise ValueError("a model from scratch has no chat template: set as_messages to false, or name a model")
     place = stages.run("tokenizer", lambda place: _make_tokenizer(place, pairs.texts, config))
     tokenizer = load_tokenizer(str(place))
@@ -475,7 +476,6 @@ def prepare_pairs(config: HubConfig, folder: Path, progress: bool = True, seed: 
     asked = [(pairs.eval[i]["prompt"], _as_text(pairs.eval[i]["chosen"])) for i in ask["row"]]
     measure = PairMeasure(tokenizer, None if adapter else model.eval(), held, list(ask["prompt_ids"]), config, precision.mixed, _judge(config, Path(folder), progress), asked)
     more = {**precision.arguments(), **accumulation(config.batch_size, config.micro_batch), **checkpointing(config.gradient_checkpointing)}
-    if precision.mixed == "fp16": more["one_pass"] = False      # one pass keeps gradients before they are scaled: small ones would be lost
     info = {**pairs.info, "model": about, "precision": precision.mixed, "longer is better": length_baseline(held)}
     return Problem(tokenizer, model, train, held, measure, info=info, value="accuracy", final=measure.final, adapter=adapter, arguments=more)
 
