@@ -46,7 +46,7 @@ class PreferenceConfig(TrainingArguments):
     disable_dropout: bool = field(default=True, metadata={"help": "dropout makes log-ratios noisy, so it is off"})
     precompute_ref_logps: bool = field(default=False, metadata={"help": "score the data with the reference once, before training"})
     ref_cache: str | None = field(default=None, metadata={"help": "folder that keeps precomputed reference log-probs for later runs"})
-    one_pass: bool = field(default=True, metadata={"help": "scores once, gradients on the way; False: scored again in backward"})
+    one_pass: bool = field(default=True, metadata={"help": "scores once, gradients on the way; False: all statistics first, then all scores again"})
     shared_prompt: bool = field(default=True, metadata={"help": "a pair is one packed segment; False: each response has its own prompt"})
     token_budget: int | None = field(default=None, metadata={"help": "most tokens that run through the model at a time; None: the batch"})
     chunk_size: int | None = field(default=None, metadata={"help": "positions scored at a time; None: from workspace"})

@@ -16,7 +16,7 @@ from statistics import mean
 from ..data import load_texts
 from ..evaluation import sample
 from .compare import TASKS, Problem, Task, read_json, write_json
-from .hub import _STAGES, HubConfig, _arithmetic, count_words, prepare_pairs, wins
+from .hub import PAIR_STAGES, HubConfig, autocast, count_words, prepare_pairs, wins
 from .judges import BETTER_SUMMARY, open_judge
 from .scratch import Stages
 
@@ -68,7 +68,7 @@ def summary_metrics(model, tokenizer, posts: Sequence[tuple[str, str]], judge: C
     longer than the writer's, `length_ratio@t`: mean words over the writers' mean words."""
     metrics, human = {}, [count_words(summary) for _, summary in posts]
     for t in config.temperatures:
-        with _arithmetic(mixed): drawn = sample(model, tokenizer, [post for post, _ in posts], 1, config.max_new_tokens, t, batch_size=config.eval_batch,
+        with autocast(mixed): drawn = sample(model, tokenizer, [post for post, _ in posts], 1, config.max_new_tokens, t, batch_size=config.eval_batch,
                                                 seed=config.data_seed + 5, progress=False)
         own = [count_words(text) for text in drawn.responses]
         found = wins(drawn.responses, posts, judge) | {"longer": mean(a > b for a, b in zip(own, human)), "length_ratio": mean(own) / mean(human)}
@@ -76,7 +76,7 @@ def summary_metrics(model, tokenizer, posts: Sequence[tuple[str, str]], judge: C
     return metrics
 
 # %% ../../nbs/experiments/42_summarization.ipynb #f8819c05
-_STARTS = _STAGES | {"start": ("sft", "references", "references_split", "posts", "temperatures", "judge", "max_new_tokens")}
+_STARTS = PAIR_STAGES | {"start": ("sft", "references", "references_split", "posts", "temperatures", "judge", "max_new_tokens")}
 
 
 def prepare_summaries(config: SummarizationConfig, folder: Path, progress: bool = True, seed: int = 0) -> Problem:
