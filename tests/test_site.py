@@ -121,3 +121,14 @@ def test_a_figure_slides_without_a_kernel(site, browser):
     moved = browser.execute_script("const f = document.querySelector('figure.slides'), i = f.querySelector('input'), before = f.querySelector('img').src;"
                                    "i.value = i.value == 0 ? 1 : 0; i.dispatchEvent(new Event('input')); return before !== f.querySelector('img').src")
     assert moved
+
+
+def test_a_notebook_that_breaks_the_site_is_named(tmp_path, monkeypatch):
+    import build_site
+    import nbformat
+    for name in ("settings.ini", "pyproject.toml"): shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "nbs").mkdir()
+    code = nbformat.v4.new_code_cell("#| exports\nimport math\nmath.no_such_name")
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("# A page\n\n> It breaks."), code]), tmp_path / "nbs" / "01_page.ipynb")
+    monkeypatch.setattr(build_site, "ROOT", tmp_path)
+    with pytest.raises(build_site.SiteError, match="nbs/01_page.ipynb: AttributeError: .*no_such_name"): build_site.process_notebooks()

@@ -60,6 +60,19 @@ class Page:
     def top(self) -> str: return "../" * self.source.count("/")
 
 
+def process_notebooks() -> None:
+    "What `nbdev_proc_nbs` does, into _proc/; called from inside, because the command itself would first try to install Quarto."
+    done = subprocess.run([sys.executable, "-c", "from nbdev.quarto import refresh_quarto_yml as r; from nbdev.serve import proc_nbs as p; r(); p()"],
+                          cwd=ROOT, capture_output=True, text=True)
+    if done.returncode == 0: return
+    where = re.search(r"Error in notebook: ([^\n]*) in cell \d+ :\n(.*?)\n\"\"\"", done.stderr, re.S)
+    error = re.search(r"^\w*(?:Error|Exception)\b.*$", done.stderr, re.M)
+    if not where: raise SiteError(f"nbdev cannot process the notebooks:\n{done.stderr.strip()}")
+    files = [path for path in (ROOT / "nbs").rglob("*.ipynb") if f"\"# {where[1]}" in path.read_text(encoding="utf-8")]
+    raise SiteError(f"{files[0].relative_to(ROOT) if files else where[1]}: {error[0] if error else 'an error'}\nin this cell, which nbdev runs because it "
+                    f"imports or exports, without the cells around it:\n\n{where[2]}\n\nMend it; imports stand in cells of their own.")
+
+
 def site_description() -> dict:
     "_quarto.yml over what nbdev writes from settings.ini."
     own, nbdev = (yaml.safe_load((ROOT / "_proc" / name).read_text(encoding="utf-8")) for name in ("_quarto.yml", "nbdev.yml"))
@@ -254,7 +267,7 @@ def write_lists(folder: Path, site: dict, pages: list[Page]) -> None:
 
 def build(folder: Path) -> list[Page]:
     "The whole site into `folder`, which is emptied first."
-    subprocess.run([Path(sys.executable).parent / "nbdev_proc_nbs"], cwd=ROOT, check=True, capture_output=True)
+    process_notebooks()
     site = site_description()
     pages = read_pages(site)
     for page in pages:
