@@ -8,7 +8,7 @@ __all__ = ['BatchLoss', 'pair_loss', 'pair_stats', 'engine_obstacles']
 # %% ../nbs/library/29_one_pass.ipynb #39bfbaed
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from .losses.types import PairLoss, TokenStats
 from .packing import Packed, pack_pairs, packed_inputs, packing_obstacle, segment_attention, takes_blocks, takes_segments, without_ddp
-from .scores import _Workspace, _fresh, _wide
+from .scores import _Positions, _Workspace, _fresh, _wide
 from .stats import _check_vocabulary, _features, _flat_stats, _reference_features, _response_positions, base_model, evaluating
 
 # %% ../nbs/library/29_one_pass.ipynb #63db7ef2
@@ -59,15 +59,20 @@ class _Gradients:
         self.weight = _fresh(*weight.shape, wide, weight.device) if weight.requires_grad else None
         self.started = False
 
-    def add(self, rows: Tensor, g: Tensor, weight: Tensor, hidden: Tensor) -> None:
-        "Take in the gradient g [n, V] with respect to h Wᵀ + b of the positions `rows`, whose states are `hidden` [n, H]."
-        if self.bias is not None: self.bias += g.sum(0, dtype=self.bias.dtype)
-        if self.hidden is not None: self.hidden.index_copy_(0, rows, (g @ weight).to(self.hidden.dtype))
-        if self.weight is not None:
-            hidden = hidden.to(g.dtype)
-            if g.dtype == self.weight.dtype: self.weight.addmm_(g.T, hidden, beta=float(self.started))
-            else: self.weight = g.T @ hidden + (self.weight if self.started else 0.0)
-            self.started = True
+    def add(self, rows: Tensor, pieces: Iterable[tuple[slice, Tensor]], weight: Tensor, hidden: Tensor) -> None:
+        "Take in the gradient with respect to h Wᵀ + b, in pieces (columns, [n, w]), of the positions `rows`, whose states are `hidden` [n, H]."
+        states = None if self.hidden is None else self.hidden.new_zeros(len(rows), self.hidden.shape[1])
+        for columns, g in pieces:
+            if self.bias is not None: self.bias[columns] += g.sum(0, dtype=self.bias.dtype)
+            if states is not None: states.addmm_(g, weight[columns]) if g.dtype == states.dtype else states.add_(g @ weight[columns])
+            if self.weight is not None: self._add_weight(self.weight[columns], g, hidden.to(g.dtype))
+        self.started = True
+        if states is not None: self.hidden.index_copy_(0, rows, states)
+
+    def _add_weight(self, total: Tensor, g: Tensor, hidden: Tensor) -> None:
+        if g.dtype == total.dtype: total.addmm_(g.T, hidden, beta=float(self.started))
+        elif self.started: total.add_(g.T @ hidden)
+        else: total.copy_(g.T @ hidden)
 
     def finished(self) -> tuple[Tensor | None, ...]:
         "One gradient for each input; None where none was asked for."
@@ -75,17 +80,6 @@ class _Gradients:
         return self.hidden, self.weight, self.bias, self.baseline
 
 # %% ../nbs/library/29_one_pass.ipynb #19ef22e9
-class _Positions(NamedTuple):
-    "All N positions of a batch as the head sees them, policy and reference."
-
-    policy: Tensor              # [N, H] states
-    reference: Tensor | None    # [N, H'] states
-    targets: Tensor             # [N] token ids
-
-    def at(self, rows: Tensor) -> "_Positions":
-        return _Positions(*(None if x is None else x[rows] for x in self))
-
-
 def _with_gradient(g: Tensor, k: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     "(which rows have a gradient, None for all; k, None if it is zero). On an accelerator to look would be to wait: all, and k as it is."
     if g.device.type != "cpu": return None, k
@@ -94,38 +88,46 @@ def _with_gradient(g: Tensor, k: Tensor | None) -> tuple[Tensor | None, Tensor |
     return None if some.all() else some.nonzero()[:, 0], k
 
 
-def _take_gradient(work: _Workspace, batch: _Positions, rows: Tensor, g: Tensor, k: Tensor | None, grads: _Gradients, there: bool) -> None:
-    "Add to `grads` what these rows contribute; their probabilities are there already, or are computed once more."
+def _take_gradient(work: _Workspace, batch: _Positions, rows: Tensor, g: Tensor, k: Tensor | None, grads: _Gradients, norms: dict | None) -> None:
+    "Add to `grads` what these rows contribute: from the buffers, or, if normalisers [N] are given, from scores that are computed once more."
     some, k = _with_gradient(g, k)
     if some is not None: rows, g, k = rows[some], g[some], None if k is None else k[some]
     if not len(rows): return
     mine = batch.at(rows)
-    if not there: work.refill(mine.policy, None if k is None else mine.reference)
-    elif some is not None: work.keep(some)
-    grads.add(rows, work.gradient(mine.targets, g, k), work.head.weight, mine.policy)
+    pieces = work.gradient(mine, g, k, some) if norms is None else \
+             work.gradient_again(mine, g, k, norms["norm"][rows], None if k is None else norms["ref_norm"][rows])
+    grads.add(rows, pieces, work.head.weight, mine.policy)
 
 # %% ../nbs/library/29_one_pass.ipynb #a4940d8d
+def _parts(rows: Tensor, size: int) -> tuple[Tensor, ...]: return rows.split(size) if len(rows) else ()
+
+
 def _walk(work: _Workspace, batch: _Positions, given: dict[str, Tensor], lengths: list[int], loss: Callable, grads: _Gradients,
           tiles: list[list[int]]) -> tuple[dict[str, Tensor], Tensor]:
     "Statistics [N] and losses [B] of all pairs, tile by tile; the gradients of the mean loss are added to `grads` on the way."
-    pairs, values, slopes, losses = list(zip(lengths[::2], lengths[1::2])), dict(given), {}, []
+    pairs, values, slopes, norms, losses = list(zip(lengths[::2], lengths[1::2])), dict(given), {}, {}, []
     places = torch.arange(len(batch.targets)).split([sum(pair) for pair in pairs])
     rows = [torch.cat([places[i] for i in tile]).to(batch.targets.device, non_blocking=True) for tile in tiles]
     early = torch.cat([r[:-work.chunk] for r in rows])
     def keep(into, new, rows):
         for name, x in new.items(): into.setdefault(name, x.new_zeros(len(batch.targets))).index_copy_(0, rows, x)
-    def gradient(rows, there):
-        _take_gradient(work, batch, rows, *(slopes[name][rows] if name in slopes else None for name in ("logps", "kl")), grads, there)
-    for chunk in early.split(work.chunk) if len(early) else (): keep(values, work.stats(*batch.at(chunk)), chunk)
+    def measure(rows):
+        found = work.stats(batch.at(rows))
+        keep(norms, {name: found.pop(name) for name in ("norm", "ref_norm") if name in found}, rows)
+        keep(values, found, rows)
+    def gradient(rows, norms=None):
+        _take_gradient(work, batch, rows, *(slopes[name][rows] if name in slopes else None for name in ("logps", "kl")), grads, norms)
+    for chunk in _parts(early, work.chunk): measure(chunk)
     for tile, mine in zip(tiles, rows):
         late = mine[-work.chunk:]
-        keep(values, work.stats(*batch.at(late)), late)
+        measure(late)
         tile_losses, tile_slopes = _token_gradients({name: x[mine] for name, x in values.items()}, [n for i in tile for n in pairs[i]], loss)
         losses.append(tile_losses)
         keep(slopes, {name: x / len(pairs) for name, x in tile_slopes.items() if x is not None}, mine)
-        gradient(late, there=True)
-    if early.device.type == "cpu" and "kl" in slopes: early = early[slopes["kl"][early].ne(0).argsort(stable=True)]
-    for chunk in early.split(work.chunk) if len(early) else (): gradient(chunk, there=False)
+        gradient(late)
+    with_kl = slopes["kl"][early] != 0 if early.device.type == "cpu" and "kl" in slopes else None
+    for group in (early,) if with_kl is None else (early[with_kl], early[~with_kl]):
+        for chunk in _parts(group, work.sweep): gradient(chunk, norms)
     if grads.baseline is not None and "baseline" in slopes: grads.baseline.copy_(slopes["baseline"])
     order = torch.tensor([i for tile in tiles for i in tile], device=batch.targets.device)
     return values, torch.cat(losses)[order.argsort()]
@@ -248,8 +250,8 @@ def _states(model: nn.Module, ref_model: nn.Module | None, batch: dict, layout: 
 # %% ../nbs/library/29_one_pass.ipynb #e3a6f36f
 def _statistics(work: _Workspace, batch: _Positions) -> dict[str, Tensor]:
     "Statistics [N] without any gradient."
-    parts = [work.stats(*batch.at(rows)) for rows in torch.arange(len(batch.targets), device=batch.targets.device).split(work.chunk)]
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    parts = [work.stats(batch.at(rows)) for rows in torch.arange(len(batch.targets), device=batch.targets.device).split(work.chunk)]
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0] if name not in ("norm", "ref_norm")}
 
 
 def _from_scores(policy: tuple, reference: tuple | None, layout: _Layout, given: dict, loss: Callable, asked: tuple, sizes: tuple,
@@ -297,7 +299,7 @@ def pair_loss(
     one_pass: bool = True,                  # False: all statistics first, then all scores a second time, for losses that mix the pairs
     shared_prompt: bool | None = None,      # pairs as packed segments; None: if that changes nothing, tried once for each model
     chunk_size: int | None = None,          # positions scored at a time; None: from `workspace`
-    workspace: int | None = None,           # bytes for scores; None: 48 MiB on a CPU, 1 GiB elsewhere
+    workspace: int | None = None,           # bytes for scores; None: 44 MiB on a CPU, 1 GiB elsewhere
 ) -> BatchLoss:
     """The mean loss of B preference pairs with its gradient, and what a log wants to know.
 

@@ -5,7 +5,10 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/library/27_in_place.ipynb #c7cb5d4d
+# %% ../nbs/library/27_in_place.ipynb #a4bbf878
+from collections.abc import Iterator
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -34,14 +37,15 @@ def _entropy(z: Tensor, spare: Tensor) -> Tensor:
 
 
 def _block_stats(z: Tensor, ref_z: Tensor | None, targets: Tensor, spare: Tensor, asked: tuple[bool, bool, bool]) -> dict[str, Tensor]:
-    "Statistics of a block of rows; scores become probabilities in place. With 0 · ∞ = 0, as nansum has it."
+    "Statistics and normalisers of a block of rows; scores become probabilities in place. With 0 · ∞ = 0, as nansum has it."
     kl, reverse_kl, entropy = asked
     stats = {"entropy": _entropy(z, spare)} if entropy else {}
     gap = torch.sub(ref_z, z, out=spare) if kl or reverse_kl else None
     stats["logps"], top, log_top = _normalise(z, targets)
+    stats["norm"] = top - log_top
     if ref_z is None: return stats
     stats["ref_logps"], ref_top, ref_log_top = _normalise(ref_z, targets)
-    if gap is None: return stats
+    stats["ref_norm"] = ref_top - ref_log_top
     gap.add_((top - ref_top)[:, None])
     shift = ref_log_top - log_top
     if reverse_kl: stats["reverse_kl"] = -(z * gap).nansum(-1) - shift
@@ -49,11 +53,10 @@ def _block_stats(z: Tensor, ref_z: Tensor | None, targets: Tensor, spare: Tensor
     return stats
 
 
-def _block_gradient(p: Tensor, q: Tensor | None, targets: Tensor, grad_logps: Tensor, grad_kl: Tensor | None) -> None:
-    "Overwrite p with the gradient with respect to the scores, g·(1_y − p) + k·(p − q)."
-    if grad_kl is None: p.mul_(-grad_logps[:, None])
-    else: p.mul_((grad_kl - grad_logps)[:, None]).addcmul_(q, -grad_kl[:, None])
-    p.scatter_add_(1, targets[:, None], grad_logps[:, None])
+def _block_gradient(p: Tensor, q: Tensor | None, g: Tensor, k: Tensor | None) -> None:
+    "Overwrite p with k·(p − q) − g·p, the gradient with respect to the scores but for the entry of the target."
+    if k is None: p.mul_(-g[:, None])
+    else: p.mul_((k - g)[:, None]).addcmul_(q, -k[:, None])
 
 # %% ../nbs/library/27_in_place.ipynb #2d12efed
 def _multiply(hidden: Tensor, weight: Tensor, out: Tensor) -> Tensor:
@@ -64,6 +67,17 @@ def _multiply(hidden: Tensor, weight: Tensor, out: Tensor) -> Tensor:
 
 # %% ../nbs/library/27_in_place.ipynb #296816e7
 def _wide(dtype: torch.dtype) -> torch.dtype: return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class _Positions(NamedTuple):
+    "Positions as the head sees them, policy and reference."
+
+    policy: Tensor              # [N, H] states
+    reference: Tensor | None    # [N, H'] states
+    targets: Tensor             # [N] token ids
+
+    def at(self, rows: Tensor) -> "_Positions":
+        return _Positions(*(None if x is None else x[rows] for x in self))
 
 
 class _Buffers:
@@ -80,29 +94,31 @@ class _Buffers:
         self.low = self.head.weight.dtype != self.dtype
         on_cpu = self.device.type == "cpu"
         buffers = 1 + self.both + (self.head.softcap is not None) + 0.5 * self.low + (not on_cpu)
-        fitting = int((sizes[0] or (48 if on_cpu else 1024) * 2**20) / (buffers * self.dtype.itemsize * self.vocabulary))
-        self.chunk = sizes[1] or max(1, min(fitting, len(hidden)))
+        budget = sizes[0] or (44 if on_cpu else 1024) * 2**20
+        self.chunk = sizes[1] or max(1, min(int(budget / (buffers * self.dtype.itemsize * self.vocabulary)), len(hidden)))
         self.block = max(1, 2**18 // self.vocabulary) if on_cpu else self.chunk     # rows that stay in the cache
+        self.cells = min(2**18, self.chunk * self.vocabulary) if on_cpu else self.chunk * self.vocabulary       # of a piece
+        self.sweep = min(512, self.cells) if on_cpu else self.chunk                 # rows of a piece
 
-    def buffer(self, name: str, rows: int, dtype: torch.dtype | None = None) -> Tensor:
-        "The first rows of the buffer of that name, [rows, V], with whatever was left in them."
-        if name not in self.held: self.held[name] = _fresh(max(rows, self.chunk), self.vocabulary, dtype or self.dtype, self.device)
-        return self.held[name][:rows]
+    def buffer(self, name: str, rows: int, columns: int, dtype: torch.dtype | None = None) -> Tensor:
+        "A matrix [rows, columns] at the start of the buffer of that name, with whatever was left there."
+        if name not in self.held: self.held[name] = _fresh(self.chunk, self.vocabulary, dtype or self.dtype, self.device).flatten()
+        return self.held[name][:rows * columns].view(rows, columns)
 
-    def scores(self, head: Head, hidden: Tensor, name: str) -> Tensor:
-        "[n, V] scores in the buffer of that name; with a soft cap also its slope, in the buffer `slope`."
-        n, weight = len(hidden), head.weight
-        z = self.buffer(name, n)
+    def scores(self, head: Head, hidden: Tensor, name: str, columns: slice = slice(None)) -> Tensor:
+        "[n, w] scores in the buffer of that name; with a soft cap also its slope, in the buffer `slope`."
+        weight = head.weight[columns]
+        z = self.buffer(name, len(hidden), len(weight))
         if weight.dtype == self.dtype: _multiply(hidden.to(weight.dtype), weight, z)
-        else: z.copy_(_multiply(hidden.to(weight.dtype), weight, self.buffer("low", n, weight.dtype)))
-        if head.bias is not None: z.add_(head.bias)
+        else: z.copy_(_multiply(hidden.to(weight.dtype), weight, self.buffer("low", *z.shape, weight.dtype)))
+        if head.bias is not None: z.add_(head.bias[columns])
         if head.scale != 1.0: z.mul_(head.scale)
         if head.softcap is not None: self._cap(z, head.softcap, name == "policy")
         return z
 
     def _cap(self, z: Tensor, cap: float, slope: bool) -> None:
         z.div_(cap).tanh_()
-        if slope: torch.mul(z, z, out=self.buffer("slope", len(z))).neg_().add_(1)
+        if slope: torch.mul(z, z, out=self.buffer("slope", *z.shape)).neg_().add_(1)
         z.mul_(cap)
 
 # %% ../nbs/library/27_in_place.ipynb #6b665718
@@ -116,35 +132,47 @@ class _Workspace(_Buffers):
         if "spare" not in self.held: self.held["spare"] = _fresh(self.block, self.vocabulary, self.dtype, self.device)
         return self.held["spare"]
 
-    def stats(self, hidden: Tensor, ref_hidden: Tensor | None, targets: Tensor) -> dict[str, Tensor]:
-        "Statistics of a chunk, each [n]; afterwards the buffers hold the probabilities of the chunk."
-        spare = self.spare() if self.both or self.asked[2] else hidden      # a DPO that logs nothing needs none
+    def stats(self, at: _Positions) -> dict[str, Tensor]:
+        "Statistics and normalisers of a chunk, each [n]; afterwards the buffers hold the probabilities of the chunk."
+        spare = self.spare() if self.both or self.asked[2] else at.policy       # a DPO that logs nothing needs none
         ref_z, early = None, []
-        if ref_hidden is not None:
-            ref_z = self.scores(self.ref_head, ref_hidden, "reference" if self.both else "policy")
-            if not self.both: early = [{"ref_logps": _normalise(ref_z[b], targets[b])[0]} for b in self.blocks(len(hidden))]
-        z = self.scores(self.head, hidden, "policy")
-        parts = [_block_stats(z[b], ref_z[b] if self.both else None, targets[b], spare[:len(z[b])], self.asked) for b in self.blocks(len(z))]
+        if at.reference is not None:
+            ref_z = self.scores(self.ref_head, at.reference, "reference" if self.both else "policy")
+            if not self.both: early = [{"ref_logps": _normalise(ref_z[b], at.targets[b])[0]} for b in self.blocks(len(ref_z))]
+        z = self.scores(self.head, at.policy, "policy")
+        parts = [_block_stats(z[b], ref_z[b] if self.both else None, at.targets[b], spare[:len(z[b])], self.asked) for b in self.blocks(len(z))]
         return {name: torch.cat([part[name] for part in kind]) for kind in (early, parts) if kind for name in kind[0]}
 
-    def refill(self, hidden: Tensor, ref_hidden: Tensor | None) -> None:
-        "The buffers as `stats` leaves them, once more; without reference states only the policy's."
-        pairs = [(self.head, hidden, "policy")] + ([(self.ref_head, ref_hidden, "reference")] if ref_hidden is not None else [])
-        for head, states, name in pairs:
-            z = self.scores(head, states, name)
-            for b in self.blocks(len(z)): torch.softmax(z[b], -1, out=z[b])
-
-    def keep(self, rows: Tensor) -> None:
-        "Move these rows, in ascending order, to the front of every buffer."
-        for i, j in enumerate(rows.tolist()):
-            for name in self.held.keys() & {"policy", "reference", "slope"} if i != j else (): self.held[name][i] = self.held[name][j]
-
-    def gradient(self, targets: Tensor, grad_logps: Tensor, grad_kl: Tensor | None) -> Tensor:
-        "[n, V] gradient of the chunk in the buffers with respect to h Wᵀ + b, in the head's dtype; the probabilities are gone."
-        n = len(targets)
-        p, q = self.buffer("policy", n), None if grad_kl is None else self.buffer("reference", n)
-        for b in self.blocks(n):
-            _block_gradient(p[b], None if q is None else q[b], targets[b], grad_logps[b], None if q is None else grad_kl[b])
-            if self.head.softcap is not None: p[b].mul_(self.buffer("slope", n)[b])
+    def _finished(self, p: Tensor) -> Tensor:
+        "From the scores back through soft cap and scale, in the head's dtype."
+        if self.head.softcap is not None: p.mul_(self.buffer("slope", *p.shape))
         if self.head.scale != 1.0: p.mul_(self.head.scale)
-        return self.buffer("low", n, self.head.weight.dtype).copy_(p) if self.low else p
+        return self.buffer("low", *p.shape, self.head.weight.dtype).copy_(p) if self.low else p
+
+    def _close_up(self, rows: Tensor) -> None:
+        "Move these rows, in ascending order, to the front of every buffer."
+        for name in self.held.keys() & {"policy", "reference", "slope"}:
+            z = self.buffer(name, self.chunk, self.vocabulary)
+            for i, j in enumerate(rows.tolist()):
+                if i != j: z[i] = z[j]
+
+    def gradient(self, at: _Positions, g: Tensor, k: Tensor | None, some: Tensor | None = None) -> Iterator[tuple[slice, Tensor]]:
+        """The gradient with respect to h Wᵀ + b of the chunk in the buffers, whose probabilities are gone then: one piece (columns, [n, V])
+        in the head's dtype. `some`: the rows of the chunk, in ascending order, that `at`, `g` and `k` speak of; None: all."""
+        if some is not None: self._close_up(some)
+        p, q = (self.buffer(name, len(g), self.vocabulary) for name in ("policy", "reference" if k is not None else "policy"))
+        for b in self.blocks(len(g)): _block_gradient(p[b], q[b], g[b], None if k is None else k[b])
+        p.scatter_add_(1, at.targets[:, None], g[:, None])
+        yield slice(None), self._finished(p)
+
+    def gradient_again(self, at: _Positions, g: Tensor, k: Tensor | None, norm: Tensor, ref_norm: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
+        "The same for positions that are in no buffer any more, from their normalisers [n]: pieces (columns, [n, w])."
+        width = max(1, self.cells // len(g))
+        for start in range(0, self.vocabulary, width):
+            piece = slice(start, min(start + width, self.vocabulary))
+            q = None if k is None else self.scores(self.ref_head, at.reference, "reference", piece).sub_(ref_norm[:, None]).exp_()
+            p = self.scores(self.head, at.policy, "policy", piece).sub_(norm[:, None]).exp_()
+            _block_gradient(p, q, g, k)
+            there = (at.targets >= piece.start) & (at.targets < piece.stop)
+            p.scatter_add_(1, (at.targets - start).clamp(0, p.shape[1] - 1)[:, None], (g * there)[:, None])
+            yield piece, self._finished(p)
