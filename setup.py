@@ -9,7 +9,9 @@ here = Path(__file__).parent
 config = ConfigParser(delimiters=["="])
 config.read(here / "settings.ini", encoding="utf-8")
 cfg = config["DEFAULT"]
-readme = re.sub(r"(\]\()(?!https?:|#)([^)\s]+)\)", rf"\1{cfg['git_url']}/blob/{cfg['branch']}/\2)",    # PyPI shows no relative links
+repository = cfg["git_url"].removeprefix("https://github.com/")
+kinds = {"!": f"https://raw.githubusercontent.com/{repository}/{cfg['branch']}", "": f"{cfg['git_url']}/blob/{cfg['branch']}"}
+readme = re.sub(r"(!?)(\[[^\]]*\]\()(?!https?:|#)([^)\s]+)\)", lambda m: f"{m[1]}{m[2]}{kinds[m[1]]}/{m[3]})",    # PyPI shows no relative links
                 (here / "README.md").read_text(encoding="utf-8"))
 
 setup(

@@ -3,6 +3,7 @@ import ast
 import configparser
 import itertools
 import json
+import os
 import re
 import shlex
 import shutil
@@ -55,11 +56,14 @@ def test_a_chapter_opens_with_a_title_and_a_promise(path):
     assert promise.startswith("> "), "after the title comes the one-sentence promise, `> ...`"
 
 
+INSTALL = '#| hide\n![ -z "$COLAB_RELEASE_TAG" ] || pip install -q "git+https://github.com/tokpref/tokpref"'
+
+
 @every(CHAPTERS)
 def test_a_chapter_opens_in_colab(path):
     first, second = nbformat.read(path, as_version=4).cells[1:3]
     assert first.source.startswith("[![Open in Colab](") and first.source.splitlines()[0].endswith(f"/tokpref/blob/main/{name(path)})")
-    assert "COLAB_RELEASE_TAG" in second.source and "pip install" in second.source, "the first code cell installs the package in Colab"
+    assert second.source == INSTALL, "the first code cell installs the package in Colab"
 
 
 @every(DERIVATIONS)
@@ -105,12 +109,25 @@ def test_prose_stands_between_code(path):
 
 def test_the_site_lists_every_notebook_once():
     sidebar = yaml.safe_load((ROOT / "_quarto.yml").read_text(encoding="utf-8"))["website"]["sidebar"]["contents"]
-    listed = [page for entry in sidebar for page in entry.get("contents", [entry.get("href")])]
+    listed = [page["href"] for entry in sidebar for page in entry.get("contents", [entry])]
     assert sorted(listed) == sorted(p.relative_to(ROOT / "nbs").as_posix() for p in NOTEBOOKS)
 
 
 def test_nbdev_finds_the_site_description():
     assert (ROOT / "nbs" / "_quarto.yml").read_text(encoding="utf-8") == (ROOT / "_quarto.yml").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("where", ["in Colab", "elsewhere"])
+def test_that_cell_installs_in_colab_and_nowhere_else(tmp_path, monkeypatch, where):
+    pip, called = tmp_path / "pip", tmp_path / "called"
+    pip.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" > "{called}"\n', encoding="utf-8")
+    pip.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path))
+    monkeypatch.setenv("COLAB_RELEASE_TAG", "release-colab_20260101-060000_RC00") if where == "in Colab" else monkeypatch.delenv("COLAB_RELEASE_TAG", raising=False)
+    subprocess.run([sys.executable, "-m", "IPython", "--colors=NoColor", "-c", INSTALL], check=True)
+    assert (called.read_text(encoding="utf-8").split() if called.exists() else None) == (
+        ["install", "-q", "git+https://github.com/tokpref/tokpref"] if where == "in Colab" else None)
 
 
 # README
@@ -164,7 +181,7 @@ def test_readme_prints_what_the_front_page_prints_today():
 def shown(cell) -> list[str]:
     "What a cell printed, to the digits that every machine agrees on."
     texts = [output.get("data", {}).get("text/markdown") or output.get("data", {}).get("text/plain") or output.get("text", "")
-             for output in cell.outputs if output.get("name") != "stderr"]
+             for output in cell.outputs if output.get("name") != "stderr" and "image/png" not in output.get("data", {})]
     return [re.sub(r"(\d\.\d{3})\d+", r"\1", text) for text in texts]
 
 
@@ -240,6 +257,7 @@ def test_the_wheel_holds_every_module(tmp_path):
     assert {name(p) for p in (ROOT / "tokpref").rglob("*.py")} <= inside
     assert not [n for n in inside if n.startswith(("nbs", "tests", "tools"))]
     assert not re.findall(r"\]\((?!https?:|#)([^)\s]+)\)", metadata), "links in the long description are absolute"
+    assert all("raw.githubusercontent.com" in address for address in re.findall(r"!\[[^\]]*\]\(([^)]*)", metadata)), "pictures are pictures, not pages about them"
     assert "tokpref = tokpref.cli:main" in wheel.read(next(n for n in wheel.namelist() if n.endswith("entry_points.txt"))).decode()
 
 

@@ -140,7 +140,7 @@ _OWN = ("model", "data", "split", "eval_data", "eval_split", "ref", "lora")
 
 
 def train_settings(args: argparse.Namespace) -> tuple[dict, dict]:
-    "(what to load, fields of PreferenceConfig) from file, flags and --set. Raises `ValueError` for an unknown name or a missing one."
+    "(what to load, fields of PreferenceConfig) from file, flags and `--set`. Raises `ValueError` for an unknown name or a missing one."
     from tokpref.trainer import PreferenceConfig
     settings = read_config(args.config)
     flags = {name: getattr(args, name) for name in (*_OWN, "loss", "beta", "output")}

@@ -5,6 +5,7 @@ no network. pandoc does the Markdown, KaTeX the formulas (as HTML, once, here), 
 `nbdev_docs` renders the same pages.
 """
 import base64
+import hashlib
 import html
 import json
 import posixpath
@@ -26,7 +27,9 @@ PARTS, MODULES = ROOT / "tools" / "site", ROOT / "tools" / "site" / "node_module
 MARKDOWN = "markdown+lists_without_preceding_blankline-implicit_figures-citations-tex_math_single_backslash"
 EQUATION = re.compile(r"\$\$(?P<tex>(?:(?!\$\$).)+?)\$\$[ \t]*\{#(?P<id>eq-[\w-]+)\}", re.S)
 BADGE = re.compile(r"\[!\[([^\]]*)\]\(https://[^)]*badge[^)]*\)\]\(([^)]*)\)")
+CALLOUT = re.compile(r"^(:{3,} *\{[^}\n]*\.callout-(\w+)(?:[^}\n]*title=\"([^\"]*)\")?[^}\n]*\})\n+(?:#+ (.*)\n)?", re.M)
 REFERENCE = re.compile(r"(?<![\w`@/])@((?:eq|fig|sec|tbl)-[\w-]*\w)")
+INDENT = re.compile(r'(<span id="cb[\d-]+")>(<a [^>]*></a>)( +)')       # a line of code that does not begin at the margin
 DIRECTIVE = re.compile(r"^#\|\s*([\w-]+)\s*:?[ \t]*(.*)\n?", re.M)
 
 
@@ -108,33 +111,50 @@ def fenced(text: str, attributes: str) -> str:
 
 def plain(text: str) -> str:
     "The first sentence of some Markdown, without its markup: what a figure shows, for those who cannot see it."
-    text = re.sub(r"\[([^\]]*)\]\([^)]*\)|[*_`#>]|\$", r"\1", re.sub(r"\$\$.*?\$\$|^\s*#+.*$|^:::.*$", "", text, flags=re.S | re.M))
+    text = re.sub(r"\[?!\[[^\]]*\]\([^)]*\)(\]\([^)]*\))?|\$\$.*?\$\$|^\s*#+.*$|^:::.*$", "", text, flags=re.S | re.M)
+    text = re.sub(r"\[([^\]]*)\]\([^)]*\)|[*_`#>\\]|\$", r"\1", text)
     return re.split(r"(?<=[.:?!])\s", " ".join(text.split()))[0][:300]
 
 
+def kept(page: Page, data: bytes, suffix: str) -> str:
+    "Keeps a picture as a file of the site, equal ones once; where it is, as seen from the page."
+    name = f"figures/{posixpath.splitext(page.meta['output-file'])[0]}-{hashlib.sha1(data).hexdigest()[:8]}.{suffix}"
+    page.figures[posixpath.join(posixpath.dirname(page.url), name)] = data
+    return name
+
+
 def picture(page: Page, png: str, alt: str) -> str:
-    "An image of a page, kept as a file, at the size it was drawn for."
-    data, name = base64.b64decode(png), f"{posixpath.splitext(page.meta['output-file'])[0]}-{len(page.figures) + 1}.png"
+    "An image of a page, at the size it was drawn for."
+    data = base64.b64decode(png)
     width, height = struct.unpack(">II", data[16:24])
-    page.figures[posixpath.join(posixpath.dirname(page.url), "figures", name)] = data
-    return f'<p class="figure"><img src="figures/{name}" width="{width}" height="{height}" alt="{html.escape(alt)}" loading="lazy"></p>'
+    return f'<p class="figure"><img src="{kept(page, data, "png")}" width="{width}" height="{height}" alt="{html.escape(alt)}" loading="lazy"></p>'
+
+
+def slides(page: Page, figure: str, alt: str) -> str:
+    "A figure with sliders: its frames become files, fetched when they are wanted."
+    figure = re.sub(r"data:image/(\w+);base64,([\w+/=]+)", lambda m: kept(page, base64.b64decode(m[2]), m[1]), figure)
+    return re.sub(r'alt="[^"]*"', f'alt="{html.escape(alt)}"', figure, count=1)
 
 
 def output_markdown(page: Page, output, options: dict, alt: str) -> str:
     "What one output of a cell looks like on the page."
-    data = output.get("data", {})
+    data, alt = output.get("data", {}), options.get("fig-alt", "").strip("\"'") or alt
     if "text/markdown" in data: return data["text/markdown"]
-    if "class=\"slides\"" in data.get("text/html", ""): return fenced(data["text/html"].replace('alt=""', f'alt="{html.escape(alt)}"', 1), "=html")
-    if "image/png" in data: return "```{=html}\n" + picture(page, data["image/png"], options.get("fig-alt", "").strip("\"'") or alt) + "\n```"
+    if "class=\"slides\"" in data.get("text/html", ""): return fenced(slides(page, data["text/html"], alt), "=html")
+    if "image/png" in data: return "```{=html}\n" + picture(page, data["image/png"], alt) + "\n```"
     if "text/html" in data: return "```{=html}\n<div class=\"output\">" + "".join(data["text/html"]) + "</div>\n```"
     text = "".join(output.get("text", "") or data.get("text/plain", ""))
-    return fenced(text, ".output") if text.strip() else ""
+    return fenced(text, ".output" if re.search(r"\S {2,}\S|[─|]", text) else ".output .wrap") if text.strip() else ""
 
 
 def exported(page: Page, code: str) -> list[str]:
     "Source that went into the package: in full where it is the lesson, folded below its documentation elsewhere."
-    if page.source.startswith("derivations"): return ["::: {.exported title=\"in the package\"}", code, ":::"]
-    return ["<details class=\"source\"><summary>Source</summary>", code, "</details>"]
+    found = re.findall(r"^(?:(?:async )?def|class) (\w+)|^(\w+)(?:\[[^]]*\])?(?::[^=\n]*)? =", code, re.M)
+    names = list(dict.fromkeys(a or b for a, b in found))
+    anchors = "".join(f'<span id="{name.lower()}"></span>' for name in names if name.startswith("_"))     # nbdev links to these too
+    if page.source.startswith("derivations"): return [anchors, "::: {.exported title=\"in the package\"}", code, ":::"]
+    said = ", ".join(f"<code>{name}</code>" for name in names) or "these lines"
+    return [anchors, f"<details class=\"source\"><summary>Source of {said}</summary>", code, "</details>"]
 
 
 def named(name: str, after) -> str:
@@ -181,12 +201,14 @@ def resolve(page: Page, pages: list[Page], site: dict, markdown: str) -> str:
     blocks = re.split(r"(^(`{3,}).*?^\2\s*$|`[^`\n]+`)", markdown, flags=re.S | re.M)
     texts = [block for i, block in enumerate(blocks) if i % 3 != 2]     # the fence itself is a group of its own
     joined = "\0".join(text if i % 2 == 0 else f"\1{i}\1" for i, text in enumerate(texts))
+    joined = CALLOUT.sub(lambda m: f"{m[1]}\n[{m[4] or m[3] or m[2].capitalize()}]{{.title}}\n\n", joined)
     joined, labels = number_equations(joined)
     missing = [label for label in REFERENCE.findall(joined) if label not in labels]
     if missing: raise SiteError(f"{page.source}: @{missing[0]} refers to nothing on this page")
     joined = REFERENCE.sub(lambda m: f"[{labels[m[1]]}](#{m[1]})", joined)
     joined = re.sub(r"(?<!!)(\[[^\]]*\])\((?!https?:|#|mailto:)([^)#\s]+)(#[^)\s]*)?\)",
                     lambda m: f"{m[1]}({link(page, pages, site, m[2])}{m[3] or ''})", joined)
+    joined = re.sub(rf"(\]\(){re.escape(site['site-url'])}/([^)#\s]+\.html)", lambda m: m[1] + posixpath.relpath(m[2], posixpath.dirname(page.source) or "."), joined)
     joined = re.sub(r"(!\[[^\]]*\]\()(?!https?:|data:)([^)\s]+)\)", lambda m: f"{m[1]}{image(page, m[2])})", joined)
     return re.sub("\1(\\d+)\1", lambda m: texts[int(m[1])], joined).replace("\0", "")
 
@@ -195,8 +217,7 @@ def image(page: Page, target: str) -> str:
     "A picture of the repository, kept with the page's other figures; where it is, as seen from the page."
     path = (ROOT / "nbs" / posixpath.dirname(page.source) / target).resolve()
     if not path.exists(): raise SiteError(f"{page.source}: there is no picture {target}")
-    page.figures[posixpath.join(posixpath.dirname(page.url), "figures", path.name)] = path.read_bytes()
-    return f"figures/{path.name}"
+    return kept(page, path.read_bytes(), path.suffix[1:])
 
 
 def link(page: Page, pages: list[Page], site: dict, target: str) -> str:
@@ -248,6 +269,7 @@ def copy_assets(folder: Path) -> None:
     assets = folder / "assets"
     (assets / "fonts").mkdir(parents=True)
     for name in ("site.css", "site.js"): shutil.copy(PARTS / name, assets)
+    shutil.copytree(ROOT / "nbs" / "images", folder / "images")
     shutil.copy(MODULES / "minisearch" / "dist" / "umd" / "index.js", assets / "minisearch.js")
     shutil.copy(MODULES / "katex" / "dist" / "katex.min.css", assets)
     for font in (MODULES / "katex" / "dist" / "fonts").glob("*.woff2"): shutil.copy(font, assets / "fonts")
@@ -272,16 +294,18 @@ def build(folder: Path) -> list[Page]:
     pages = read_pages(site)
     for page in pages:
         markdown = resolve(page, pages, site, page_markdown(page))
-        page.body = pypandoc.convert_text(markdown, "html5", MARKDOWN, extra_args=["--katex", "--wrap=none", "--syntax-highlighting=default"])
+        body = pypandoc.convert_text(markdown, "html5", MARKDOWN, extra_args=["--katex", "--wrap=none", "--syntax-highlighting=default"])
+        page.body = INDENT.sub(lambda m: f'{m[1]} style="--in:{len(m[3])}ch">{m[2]}{m[3]}', body)
     for page, body in zip(pages, typeset([page.body for page in pages])): page.body, page.toc = body, headings(body)
     shutil.rmtree(folder, ignore_errors=True)
     copy_assets(folder)
+    parts = [{"text": item["text"], "url": next(p.url for p in pages if p.source == item["href"])} for item in site["navbar"]["left"]]
     template = jinja2.Environment(loader=jinja2.FileSystemLoader(PARTS), autoescape=False).get_template("page.html")
     for i, page in enumerate(pages):
         around = {"before": pages[i - 1] if i else None, "after": pages[i + 1] if i + 1 < len(pages) else None}
         path = folder / page.url
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(template.render(page=page, site=site, sidebar=sidebar(pages), **around), encoding="utf-8")
+        path.write_text(template.render(page=page, site=site, parts=parts, sidebar=sidebar(pages), **around), encoding="utf-8")
         for name, data in page.figures.items():
             (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_bytes(data)

@@ -1,8 +1,9 @@
 """Write README.md from nbs/index.ipynb: `python tools/readme.py`; `--check` only says whether it is up to date.
 
-The notebook is the source. Cells marked `#| hide` are left out, `#| echo: false` keeps only what the cell printed, and
-links are turned from the notebook's folder to the repository's top.
+The notebook is the source. Cells marked `#| hide` are left out, `#| echo: false` keeps only what the cell printed, what it drew
+becomes a file of nbs/images/, and links are turned from the notebook's folder to the repository's top.
 """
+import base64
 import posixpath
 import re
 import sys
@@ -21,32 +22,50 @@ def shown(cell) -> bool:
     "Whether the README shows this cell; takes its directives out of the source on the way."
     if cell.cell_type != "code": return True
     flags = {" ".join(flag.split()) for flag in DIRECTIVE.findall(cell.source)}
-    cell.source = DIRECTIVE.sub("", cell.source).strip()
+    alt = next((flag.removeprefix("fig-alt:").strip(" \"") for flag in flags if flag.startswith("fig-alt:")), "")
+    cell.source, cell.metadata["alt"] = DIRECTIVE.sub("", cell.source).strip(), alt
     if "echo: false" in flags: cell.source = ""
     return "hide" not in flags and bool(cell.source or cell.outputs)
 
 
+def pictures(nb) -> dict[Path, bytes]:
+    "Figures that cells drew, as files; in the notebook, links to these files take their place."
+    found = {}
+    for i, cell in enumerate(nb.cells):
+        png = next((o.data["image/png"] for o in cell.get("outputs", []) if "image/png" in o.get("data", {})), None)
+        if not png: continue
+        path = NOTEBOOK.parent / "images" / f"front-{len(found) + 1}.png"
+        found[path] = base64.b64decode(png)
+        nb.cells[i] = nbformat.v4.new_markdown_cell(f"![{cell.metadata['alt']}](images/{path.name})")
+    return found
+
+
 def from_top(match: re.Match) -> str:
-    "A link as seen from the repository's top instead of nbs/."
-    return f"{match[1]}{posixpath.normpath(posixpath.join('nbs', match[2]))})"
+    "A link as seen from the repository's top instead of nbs/, to the file itself where nbs/ holds a link to it."
+    path = posixpath.normpath(posixpath.join("nbs", match[2]))
+    if (ROOT / path).is_symlink(): path = (ROOT / path).resolve().relative_to(ROOT).as_posix()
+    return f"{match[1]}{path})"
 
 
-def render(notebook: Path = NOTEBOOK) -> str:
-    "The README's text."
+def render(notebook: Path = NOTEBOOK) -> tuple[str, dict[Path, bytes]]:
+    "The README's text and its pictures."
     nb = nbformat.read(notebook, as_version=4)
     nb.cells = [cell for cell in nb.cells if shown(cell)]
+    drawn = pictures(nb)
     nb.metadata["language_info"] = {"name": "python"}
     body, _ = MarkdownExporter().from_notebook_node(nb)
     body = re.sub(r"^```python\s+```$", "", body, flags=re.MULTILINE)
     body = re.sub(r"\n\s*\n\s*\n", "\n\n", LINK.sub(from_top, body)).strip()
-    return f"<!-- Written from nbs/index.ipynb by tools/readme.py: edit the notebook, then `make prepare`. -->\n\n{body}\n"
+    return f"<!-- Written from nbs/index.ipynb by tools/readme.py: edit the notebook, then `make prepare`. -->\n\n{body}\n", drawn
 
 
 def is_current() -> bool:
-    "Whether README.md is what the notebook says."
-    return README.exists() and README.read_text(encoding="utf-8") == render()
+    "Whether README.md and its pictures are what the notebook says."
+    text, drawn = render()
+    return all(path.exists() and path.read_bytes() == data for path, data in {README: text.encode(), **drawn}.items())
 
 
 if __name__ == "__main__":
     if "--check" in sys.argv[1:]: sys.exit(0 if is_current() else "README.md is not what nbs/index.ipynb says; mend with: make prepare")
-    README.write_text(render(), encoding="utf-8")
+    text, drawn = render()
+    for path, data in {README: text.encode(), **drawn}.items(): path.write_bytes(data)

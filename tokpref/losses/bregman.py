@@ -101,5 +101,5 @@ def bpo_loss(
     return PairLoss(bregman_risk(rejected_rewards - chosen_rewards, generator, lam, scale), chosen_rewards, rejected_rewards)
 
 # %% ../../nbs/derivations/06_bregman.ipynb #d19ff12d
-LOSSES["bpo"] = LossSpec(bpo_loss, source="BPO, arXiv 2505.19601: h'(R)R − h(R) − h'(1/R) at R = e^{β(Δ^l − Δ^w)}",
+LOSSES["bpo"] = LossSpec(bpo_loss, source="BPO, arXiv 2505.19601: h'(R)R − h(R) − h'(1/R) at R = exp(β(Δˡ − Δʷ))",
                          options=("beta", "generator", "lam", "scale"))
