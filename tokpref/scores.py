@@ -122,7 +122,7 @@ class _Buffers:
         z.mul_(cap)
 
 # %% ../nbs/library/27_in_place.ipynb #6b665718
-class _Workspace(_Buffers):
+class _Chunk(_Buffers):
     "What turns the scores of a chunk into statistics, into probabilities, and into a gradient, without another matrix of their size."
 
     def blocks(self, n: int): return (slice(i, i + self.block) for i in range(0, n, self.block))
@@ -164,6 +164,10 @@ class _Workspace(_Buffers):
         for b in self.blocks(len(g)): _block_gradient(p[b], q[b], g[b], None if k is None else k[b])
         p.scatter_add_(1, at.targets[:, None], g[:, None])
         yield slice(None), self._finished(p)
+
+# %% ../nbs/library/27_in_place.ipynb #351b4636
+class _Workspace(_Chunk):
+    "A chunk, and what is done for positions that did not fit into it."
 
     def gradient_again(self, at: _Positions, g: Tensor, k: Tensor | None, norm: Tensor, ref_norm: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
         "The same for positions that are in no buffer any more, from their normalisers [n]: pieces (columns, [n, w])."
