@@ -236,9 +236,9 @@ def test_machines_find_every_page(site):
 def test_pages_are_complete(site):
     "Formulas, colours, numbers of equations, documentation with its source, neighbours, contents, Colab."
     pages = {page.source: text(site, page) for page in site[1]}
-    dpo, trainer = pages["derivations/02_dpo.ipynb"], pages["library/22_trainer.ipynb"]
+    dpo, data = pages["derivations/02_dpo.ipynb"], pages["library/21_data.ipynb"]
     assert all(part in dpo for part in ('class="katex"', 'class="kw"', 'id="eq-dpo"', ">equation&nbsp;" if ">equation&nbsp;" in dpo else ">equation\u00a0", '<nav id="toc"'))
-    assert re.search(r'href="https://github.com/tokpref/tokpref/blob/main/tokpref/trainer.py#L\d+"', trainer) and "<strong>Type</strong>" in trainer
+    assert re.search(r'href="https://github.com/tokpref/tokpref/blob/main/tokpref/data.py#L\d+"', data) and "# alias, hub id, folder" in data
     for source, page in pages.items():
         assert source == "index.ipynb" or 'rel="prev"' in page and f'https://colab.research.google.com/github/tokpref/tokpref/blob/main/nbs/{source}"' in page
         assert not re.findall(r'<(?:script|img|iframe|source)[^>]* src="(?:https?:)?//|<link rel="stylesheet" href="http', page), "nothing is fetched"

@@ -30,6 +30,7 @@ BADGE = re.compile(r"\[!\[([^\]]*)\]\(https://[^)]*badge[^)]*\)\]\(([^)]*)\)")
 CALLOUT = re.compile(r"^(:{3,} *\{[^}\n]*\.callout-(\w+)(?:[^}\n]*title=\"([^\"]*)\")?[^}\n]*\})\n+(?:#+ (.*)\n)?", re.M)
 REFERENCE = re.compile(r"(?<![\w`@/])@((?:eq|fig|sec|tbl)-[\w-]*\w)")
 INDENT = re.compile(r'(<span id="cb[\d-]+")>(<a [^>]*></a>)( +)')       # a line of code that does not begin at the margin
+LONG = re.compile(r"<td(?=[^>]*>[^\n]{60,}</td>)")      # a cell of a table with a sentence in it
 DIRECTIVE = re.compile(r"^#\|\s*([\w-]+)\s*:?[ \t]*(.*)\n?", re.M)
 
 
@@ -295,7 +296,8 @@ def build(folder: Path) -> list[Page]:
     for page in pages:
         markdown = resolve(page, pages, site, page_markdown(page))
         body = pypandoc.convert_text(markdown, "html5", MARKDOWN, extra_args=["--katex", "--wrap=none", "--syntax-highlighting=default"])
-        page.body = INDENT.sub(lambda m: f'{m[1]} style="--in:{len(m[3])}ch">{m[2]}{m[3]}', body)
+        body = INDENT.sub(lambda m: f'{m[1]} style="--in:{len(m[3])}ch">{m[2]}{m[3]}', body)
+        page.body = LONG.sub('<td class="long"', body)
     for page, body in zip(pages, typeset([page.body for page in pages])): page.body, page.toc = body, headings(body)
     shutil.rmtree(folder, ignore_errors=True)
     copy_assets(folder)
