@@ -65,7 +65,7 @@ def _multiply(hidden: Tensor, weight: Tensor, out: Tensor) -> Tensor:
     for i in range(0, len(weight), width): torch.mm(hidden, weight[i:i + width].T, out=out[:, i:i + width])
     return out
 
-# %% ../nbs/library/27_in_place.ipynb #296816e7
+# %% ../nbs/library/27_in_place.ipynb #f0090418
 def _wide(dtype: torch.dtype) -> torch.dtype: return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -79,7 +79,7 @@ class _Positions(NamedTuple):
     def at(self, rows: Tensor) -> "_Positions":
         return _Positions(*(None if x is None else x[rows] for x in self))
 
-
+# %% ../nbs/library/27_in_place.ipynb #296816e7
 class _Buffers:
     "Scores of policy and reference for a chunk of positions, in buffers that every chunk writes over."
 
@@ -113,17 +113,15 @@ class _Buffers:
         else: z.copy_(_multiply(hidden.to(weight.dtype), weight, self.buffer("low", *z.shape, weight.dtype)))
         if head.bias is not None: z.add_(head.bias[columns])
         if head.scale != 1.0: z.mul_(head.scale)
-        if head.softcap is not None: self._cap(z, head.softcap, name == "policy")
+        if head.softcap is not None:
+            z.div_(head.softcap).tanh_()
+            if name == "policy": torch.mul(z, z, out=self.buffer("slope", *z.shape)).neg_().add_(1)
+            z.mul_(head.softcap)
         return z
 
-    def _cap(self, z: Tensor, cap: float, slope: bool) -> None:
-        z.div_(cap).tanh_()
-        if slope: torch.mul(z, z, out=self.buffer("slope", *z.shape)).neg_().add_(1)
-        z.mul_(cap)
-
-# %% ../nbs/library/27_in_place.ipynb #6b665718
+# %% ../nbs/library/27_in_place.ipynb #351b4636
 class _Chunk(_Buffers):
-    "What turns the scores of a chunk into statistics, into probabilities, and into a gradient, without another matrix of their size."
+    "What turns the scores of a chunk into statistics and into probabilities, without another matrix of their size."
 
     def blocks(self, n: int): return (slice(i, i + self.block) for i in range(0, n, self.block))
 
@@ -142,6 +140,10 @@ class _Chunk(_Buffers):
         z = self.scores(self.head, at.policy, "policy")
         parts = [_block_stats(z[b], ref_z[b] if self.both else None, at.targets[b], spare[:len(z[b])], self.asked) for b in self.blocks(len(z))]
         return {name: torch.cat([part[name] for part in kind]) for kind in (early, parts) if kind for name in kind[0]}
+
+# %% ../nbs/library/27_in_place.ipynb #6b665718
+class _Workspace(_Chunk):
+    "The gradient of a chunk, and of positions that did not fit into it."
 
     def _finished(self, p: Tensor) -> Tensor:
         "From the scores back through soft cap and scale, in the head's dtype."
@@ -164,10 +166,6 @@ class _Chunk(_Buffers):
         for b in self.blocks(len(g)): _block_gradient(p[b], q[b], g[b], None if k is None else k[b])
         p.scatter_add_(1, at.targets[:, None], g[:, None])
         yield slice(None), self._finished(p)
-
-# %% ../nbs/library/27_in_place.ipynb #351b4636
-class _Workspace(_Chunk):
-    "A chunk, and what is done for positions that did not fit into it."
 
     def gradient_again(self, at: _Positions, g: Tensor, k: Tensor | None, norm: Tensor, ref_norm: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
         "The same for positions that are in no buffer any more, from their normalisers [n]: pieces (columns, [n, w])."
