@@ -178,6 +178,7 @@ def test_a_figure_slides_without_a_kernel(site, browser):
 
 def test_the_keyboard_reaches_everything(site, browser):
     from selenium.webdriver import ActionChains, Keys
+    from selenium.webdriver.support.ui import WebDriverWait
     press = lambda key: ActionChains(browser).send_keys(key).perform()
     at = lambda: browser.execute_script("const e = document.activeElement, r = e.getBoundingClientRect(); return [e.id || e.className || e.rel || e.tagName,"
                                         "getComputedStyle(e).outlineStyle !== 'none' && r.right > 0 && r.bottom > 0 && r.width > 0]")
@@ -190,17 +191,19 @@ def test_the_keyboard_reaches_everything(site, browser):
     assert {"home", "query", "theme"} <= {name for name, _ in stops}
     browser.get(address(site, site[1][1]))
     press(Keys.TAB), press(Keys.ENTER)
-    assert browser.execute_script("return document.activeElement.id") == "content"
+    WebDriverWait(browser, 10).until(lambda b: b.execute_script("return document.activeElement.id") == "content")
     width(browser, 375, mobile=True)
     try:
         browser.execute_script("document.getElementById('menu').focus()")
         menu, chapters = browser.find_element("id", "menu"), browser.find_element("id", "chapters")
         assert not chapters.is_displayed()
         press(Keys.ENTER)
-        assert chapters.is_displayed() and menu.get_attribute("aria-expanded") == "true"
+        WebDriverWait(browser, 10).until(lambda _: chapters.is_displayed())
+        assert menu.get_attribute("aria-expanded") == "true"
         press(Keys.TAB)
         press(Keys.ESCAPE)
-        assert not chapters.is_displayed() and at()[0] == "menu"
+        WebDriverWait(browser, 10).until(lambda _: not chapters.is_displayed())
+        assert at()[0] == "menu"
     finally: width(browser, 1400)
 
 
