@@ -41,6 +41,14 @@ def browser(site):
     driver.quit()
 
 
+def show(browser, url: str) -> None:
+    "Go to a page, and wait until it is this one and complete: `get` now and then comes back while the old one is still there."
+    from selenium.webdriver.support.ui import WebDriverWait
+    browser.execute_script("window.old = true")
+    browser.get(url)
+    WebDriverWait(browser, 30).until(lambda b: b.execute_script("return !window.old && document.readyState === 'complete' && location.protocol === 'file:'"))
+
+
 def address(site, page) -> str:
     return (site[0] / "html" / page.url).as_uri()
 
@@ -92,7 +100,7 @@ def visits(site, browser):
     seen = {}
     for page in site[1]:
         width(browser, 1400)
-        browser.get(address(site, page))
+        show(browser, address(site, page))
         see = seen[page.source] = {"broken": browser.execute_async_script(f"const done = arguments[0]; (async () => {{ {BROKEN} }})().then(done)"),
                                    "prose": browser.execute_script(PROSE), "pale": {}}
         for theme in ("dark", "light"):
@@ -148,17 +156,17 @@ def test_every_figure_says_what_it_shows(site):
 
 def test_search_finds(site, browser):
     from selenium.webdriver.support.ui import WebDriverWait
-    browser.get(address(site, site[1][0]))
+    show(browser, address(site, site[1][0]))
     browser.find_element("id", "query").send_keys("TDPO2")
     links = WebDriverWait(browser, 30).until(lambda b: b.find_elements("css selector", "#results a"))
     found = [a.get_attribute("href") for a in links]
     assert any("tdpo" in href for href in found)
-    browser.get(found[0])
+    show(browser, found[0])
     assert not browser.get_log("browser")
 
 
 def test_dark_is_dark_and_is_remembered(site, browser):
-    browser.get(address(site, site[1][0]))
+    show(browser, address(site, site[1][0]))
     paper = lambda: browser.execute_script("return getComputedStyle(document.body).backgroundColor")
     light = paper()
     browser.find_element("id", "theme").click()
@@ -170,7 +178,7 @@ def test_dark_is_dark_and_is_remembered(site, browser):
 
 def test_a_figure_slides_without_a_kernel(site, browser):
     page = next(page for page in site[1] if 'class="slides"' in text(site, page))
-    browser.get(address(site, page))
+    show(browser, address(site, page))
     moved = browser.execute_async_script("""const done = arguments[0], f = document.querySelector('figure.slides'), i = f.querySelector('input'), img = f.querySelector('img');
         const before = img.src; i.value = i.value == 0 ? 1 : 0; i.dispatchEvent(new Event('input')); img.decode().then(() => done(before !== img.src && img.naturalWidth))""")
     assert moved and "base64" not in text(site, page)
@@ -182,14 +190,14 @@ def test_the_keyboard_reaches_everything(site, browser):
     press = lambda key: ActionChains(browser).send_keys(key).perform()
     at = lambda: browser.execute_script("const e = document.activeElement, r = e.getBoundingClientRect(); return [e.id || e.className || e.rel || e.tagName,"
                                         "getComputedStyle(e).outlineStyle !== 'none' && r.right > 0 && r.bottom > 0 && r.width > 0]")
-    browser.get(address(site, site[1][1]))
+    show(browser, address(site, site[1][1]))
     stops = []
     for _ in range(12):
         press(Keys.TAB)
         stops.append(at())
     assert stops[0][0] == "skip" and all(seen for _, seen in stops), stops
     assert {"home", "query", "theme"} <= {name for name, _ in stops}
-    browser.get(address(site, site[1][1]))
+    show(browser, address(site, site[1][1]))
     press(Keys.TAB), press(Keys.ENTER)
     WebDriverWait(browser, 10).until(lambda b: b.execute_script("return document.activeElement.id") == "content")
     width(browser, 375, mobile=True)
@@ -208,13 +216,13 @@ def test_the_keyboard_reaches_everything(site, browser):
 
 
 def test_code_can_be_copied(site, browser):
-    browser.get(address(site, site[1][0]))
+    show(browser, address(site, site[1][0]))
     blocks, buttons = (len(browser.find_elements("css selector", s)) for s in ("div.sourceCode", "div.sourceCode > button.copy"))
     assert blocks == buttons > 0
 
 
 def test_print_is_dark_on_white_and_without_menus(site, browser):
-    browser.get(address(site, site[1][0]))
+    show(browser, address(site, site[1][0]))
     browser.execute_script("document.documentElement.dataset.theme = 'dark'")
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
     try:
