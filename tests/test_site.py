@@ -108,7 +108,7 @@ def visits(site, browser):
             see["pale"][theme] = browser.execute_script(PALE)
             shoot(browser, page, theme)
         width(browser, 375, mobile=True)
-        see["narrow"] = browser.execute_script("return document.documentElement.scrollWidth")
+        see["narrow"] = browser.execute_script("return Math.max(innerWidth, document.documentElement.scrollWidth)")
         shoot(browser, page, "phone")
         see["log"] = [entry["message"] for entry in browser.get_log("browser")]
     width(browser, 1400)

@@ -29,7 +29,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from ..data import PreferenceCollator, load_texts, prepare, qa_pair, shared_prefix
 from ..evaluation import Samples, encode_prompt, preference_table, reward_kl_point, sample
 from .compare import TASKS, VARIANTS, LossRun, Problem, Task, write_json
-from .hub import (HubConfig, SFTConfig, accumulation, checkpointing, load_model, load_pairs, load_tokenizer, lora, pick_precision,
+from .hub import (HubConfig, SFTConfig, accumulation, autocast, checkpointing, load_model, load_pairs, load_tokenizer, lora, pick_precision,
                                      prepare_pairs, sft, sft_rows)
 from .scratch import ScratchConfig, Stages, fastest_device, fresh_model, train_lm
 
@@ -494,8 +494,8 @@ class SolveMeasure:
     def __call__(self, model) -> dict[str, float]:
         "The metrics of `reward_kl_point`, and `greedy`."
         reference, config = self.reference if self.reference is not None or hasattr(model, "disable_adapter") else model, self.config
-        reward, kind = partial(exact_match, answers=self.answers), {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.mixed)
-        with torch.autocast("cuda", kind, enabled=kind is not None):
+        reward = partial(exact_match, answers=self.answers)
+        with autocast(self.mixed):
             draw = partial(sample, model, self.tokenizer, self.prompts, 1, config.max_new_tokens, batch_size=config.eval_batch, seed=config.data_seed + 4, progress=False)
             point, greedy = reward_kl_point(model, reference, draw(), reward, config.eval_batch, progress=False), draw(temperature=0.0)
         return {**point, "greedy": float(reward(greedy.prompts, greedy.responses).mean())}
@@ -540,7 +540,6 @@ def prepare_gsm8k(config: GSM8KConfig, folder: Path, progress: bool = True, seed
     pairs, held_out = solution_pairs(parts[0], config.pairs_per_problem, seed), solution_pairs(parts[1], 1, 0)
     adapter = lora(config.lora_rank, config.lora_alpha) if config.lora_rank else None
     more = {**precision.arguments(), **accumulation(config.batch_size, config.micro_batch), **checkpointing(config.gradient_checkpointing)}
-    if precision.mixed == "fp16": more["one_pass"] = False      # one pass keeps gradients before they are scaled: small ones would be lost
     measure = SolveMeasure(tokenizer, None if adapter else copy.deepcopy(model).requires_grad_(False), test, config, precision.mixed)
     info = {"samples": len(marked), "right": sum(marked["right"]) / len(marked), "train_pairs": len(pairs), "questions": len(train), "test": len(test)}
     return Problem(tokenizer, model, pairs, held_out, measure, info=info, adapter=adapter, arguments=more)
@@ -565,4 +564,3 @@ TASKS["math"] = replace(TASKS["math"], prepare=prepare_math, profiles={
     "paper": GSM8KConfig(model="meta-llama/Meta-Llama-3-8B", completions=64, lora_rank=16, sft_epochs=1.0, sft_batch=32, sft_learning_rate=2e-5,
                          gradient_checkpointing=True, micro_batch=4, eval_batch=64, max_length=1024, max_new_tokens=512, losses=_SWEEP, seeds=(0, 1, 2), steps=1400,
                          eval_steps=700, batch_size=32, beta=1.0, learning_rate=2e-5, optimizer="adamw_torch")})
-list(TASKS["math"].profiles)
