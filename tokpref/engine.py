@@ -95,7 +95,7 @@ def _take_gradient(work: _Workspace, batch: _Positions, rows: Tensor, g: Tensor,
     if not len(rows): return
     mine = batch.at(rows)
     pieces = work.gradient(mine, g, k, some) if norms is None else \
-             work.gradient_again(mine, g, k, norms["norm"][rows], None if k is None else norms["ref_norm"][rows])
+             work.gradient_again(mine, g, k, **{name: x[rows] for name, x in norms.items()})
     grads.add(rows, pieces, work.head.weight, mine.policy)
 
 # %% ../nbs/library/29_one_pass.ipynb #a4940d8d
@@ -112,9 +112,7 @@ def _walk(work: _Workspace, batch: _Positions, given: dict[str, Tensor], lengths
     def keep(into, new, rows):
         for name, x in new.items(): into.setdefault(name, x.new_zeros(len(batch.targets))).index_copy_(0, rows, x)
     def measure(rows):
-        found = work.stats(batch.at(rows))
-        keep(norms, {name: found.pop(name) for name in ("norm", "ref_norm") if name in found}, rows)
-        keep(values, found, rows)
+        for into, found in zip((values, norms), work.stats(batch.at(rows))): keep(into, found, rows)
     def gradient(rows, norms=None):
         _take_gradient(work, batch, rows, *(slopes[name][rows] if name in slopes else None for name in ("logps", "kl")), grads, norms)
     for chunk in _parts(early, work.chunk): measure(chunk)
@@ -127,7 +125,7 @@ def _walk(work: _Workspace, batch: _Positions, given: dict[str, Tensor], lengths
         gradient(late)
     with_kl = slopes["kl"][early] != 0 if early.device.type == "cpu" and "kl" in slopes else None
     for group in (early,) if with_kl is None else (early[with_kl], early[~with_kl]):
-        for chunk in _parts(group, work.sweep): gradient(chunk, norms)
+        for chunk in _parts(group, work.piece_rows): gradient(chunk, norms)
     if grads.baseline is not None and "baseline" in slopes: grads.baseline.copy_(slopes["baseline"])
     order = torch.tensor([i for tile in tiles for i in tile], device=batch.targets.device)
     return values, torch.cat(losses)[order.argsort()]
@@ -250,8 +248,8 @@ def _states(model: nn.Module, ref_model: nn.Module | None, batch: dict, layout: 
 # %% ../nbs/library/29_one_pass.ipynb #e3a6f36f
 def _statistics(work: _Workspace, batch: _Positions) -> dict[str, Tensor]:
     "Statistics [N] without any gradient."
-    parts = [work.stats(batch.at(rows)) for rows in torch.arange(len(batch.targets), device=batch.targets.device).split(work.chunk)]
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0] if name not in ("norm", "ref_norm")}
+    parts = [work.stats(batch.at(rows))[0] for rows in torch.arange(len(batch.targets), device=batch.targets.device).split(work.chunk)]
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def _from_scores(policy: tuple, reference: tuple | None, layout: _Layout, given: dict, loss: Callable, asked: tuple, sizes: tuple,
@@ -299,7 +297,7 @@ def pair_loss(
     one_pass: bool = True,                  # False: all statistics first, then all scores a second time, for losses that mix the pairs
     shared_prompt: bool | None = None,      # pairs as packed segments; None: if that changes nothing, tried once for each model
     chunk_size: int | None = None,          # positions scored at a time; None: from `workspace`
-    workspace: int | None = None,           # bytes for scores; None: 44 MiB on a CPU, 1 GiB elsewhere
+    workspace: int | None = None,           # bytes for scores; None: 28 MiB a matrix on a CPU, 1 GiB in all elsewhere
 ) -> BatchLoss:
     """The mean loss of B preference pairs with its gradient, and what a log wants to know.
 

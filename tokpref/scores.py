@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .stats import Head
@@ -36,8 +37,9 @@ def _entropy(z: Tensor, spare: Tensor) -> Tensor:
     return -(p.mul_((z - top[:, None]).masked_fill_(z == -torch.inf, 0.0)).sum(-1) + log_top)
 
 
-def _block_stats(z: Tensor, ref_z: Tensor | None, targets: Tensor, spare: Tensor, asked: tuple[bool, bool, bool]) -> dict[str, Tensor]:
-    "Statistics and normalisers of a block of rows; scores become probabilities in place. With 0 · ∞ = 0, as nansum has it."
+def _block_stats(z: Tensor, ref_z: Tensor | None, targets: Tensor, spare: Tensor | None, asked: tuple[bool, bool, bool]) -> dict[str, Tensor]:
+    """Statistics and normalisers of a block of rows; scores become probabilities in place. With 0 · ∞ = 0, as nansum has it.
+    `spare`: memory of the block's shape, which a KL and an entropy need."""
     kl, reverse_kl, entropy = asked
     stats = {"entropy": _entropy(z, spare)} if entropy else {}
     gap = torch.sub(ref_z, z, out=spare) if kl or reverse_kl else None
@@ -58,11 +60,16 @@ def _block_gradient(p: Tensor, q: Tensor | None, g: Tensor, k: Tensor | None) ->
     if k is None: p.mul_(-g[:, None])
     else: p.mul_((k - g)[:, None]).addcmul_(q, -k[:, None])
 
-# %% ../nbs/library/27_in_place.ipynb #2d12efed
+# %% ../nbs/library/27_in_place.ipynb #98b4ef2f
 def _multiply(hidden: Tensor, weight: Tensor, out: Tensor) -> Tensor:
-    "h Wᵀ, [n, V], in `out`."
-    width = 2048 if out.device.type == "cpu" else len(weight)
-    for i in range(0, len(weight), width): torch.mm(hidden, weight[i:i + width].T, out=out[:, i:i + width])
+    "h Wᵀ, [n, V], in `out`; on a CPU in pieces that stay in the cache, those in float32 by oneDNN where PyTorch has it."
+    if out.device.type != "cpu": return torch.mm(hidden, weight.T, out=out)
+    by_onednn = out.dtype == torch.float32 and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+    states, width = hidden.to_mkldnn() if by_onednn else hidden, max(256, 2**18 // len(hidden))
+    for i in range(0, len(weight), width):
+        piece, some = out[:, i:i + width], weight[i:i + width]
+        if by_onednn: piece.copy_(F.linear(states, some).to_dense())
+        else: torch.mm(hidden, some.T, out=piece)
     return out
 
 # %% ../nbs/library/27_in_place.ipynb #f0090418
@@ -94,11 +101,11 @@ class _Buffers:
         self.low = self.head.weight.dtype != self.dtype
         on_cpu = self.device.type == "cpu"
         buffers = 1 + self.both + (self.head.softcap is not None) + 0.5 * self.low + (not on_cpu)
-        budget = sizes[0] or (44 if on_cpu else 1024) * 2**20
+        budget = sizes[0] or (28 * buffers if on_cpu else 1024) * 2**20
         self.chunk = sizes[1] or max(1, min(int(budget / (buffers * self.dtype.itemsize * self.vocabulary)), len(hidden)))
         self.block = max(1, 2**18 // self.vocabulary) if on_cpu else self.chunk     # rows that stay in the cache
-        self.cells = min(2**18, self.chunk * self.vocabulary) if on_cpu else self.chunk * self.vocabulary       # of a piece
-        self.sweep = min(512, self.cells) if on_cpu else self.chunk                 # rows of a piece
+        self.piece_cells = min(2**18, self.chunk * self.vocabulary) if on_cpu else self.chunk * self.vocabulary
+        self.piece_rows = min(512, self.piece_cells) if on_cpu else self.chunk
 
     def buffer(self, name: str, rows: int, columns: int, dtype: torch.dtype | None = None) -> Tensor:
         "A matrix [rows, columns] at the start of the buffer of that name, with whatever was left there."
@@ -125,21 +132,22 @@ class _Chunk(_Buffers):
 
     def blocks(self, n: int): return (slice(i, i + self.block) for i in range(0, n, self.block))
 
-    def spare(self) -> Tensor:
-        "One more block [block, V]."
+    def spare(self, rows: int) -> Tensor | None:
+        "Memory for one more block [rows, V]; None where nobody needs it, as in a DPO that logs nothing."
+        if not (self.both or self.asked[2]): return None
         if "spare" not in self.held: self.held["spare"] = _fresh(self.block, self.vocabulary, self.dtype, self.device)
-        return self.held["spare"]
+        return self.held["spare"][:rows]
 
-    def stats(self, at: _Positions) -> dict[str, Tensor]:
-        "Statistics and normalisers of a chunk, each [n]; afterwards the buffers hold the probabilities of the chunk."
-        spare = self.spare() if self.both or self.asked[2] else at.policy       # a DPO that logs nothing needs none
+    def stats(self, at: _Positions) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        "(statistics, normalisers) of a chunk, each [n]; afterwards the buffers hold the probabilities of the chunk."
         ref_z, early = None, []
         if at.reference is not None:
             ref_z = self.scores(self.ref_head, at.reference, "reference" if self.both else "policy")
             if not self.both: early = [{"ref_logps": _normalise(ref_z[b], at.targets[b])[0]} for b in self.blocks(len(ref_z))]
         z = self.scores(self.head, at.policy, "policy")
-        parts = [_block_stats(z[b], ref_z[b] if self.both else None, at.targets[b], spare[:len(z[b])], self.asked) for b in self.blocks(len(z))]
-        return {name: torch.cat([part[name] for part in kind]) for kind in (early, parts) if kind for name in kind[0]}
+        parts = [_block_stats(z[b], ref_z[b] if self.both else None, at.targets[b], self.spare(len(z[b])), self.asked) for b in self.blocks(len(z))]
+        found = {name: torch.cat([part[name] for part in kind]) for kind in (early, parts) if kind for name in kind[0]}
+        return found, {name: found.pop(name) for name in ("norm", "ref_norm") if name in found}
 
 # %% ../nbs/library/27_in_place.ipynb #6b665718
 class _Workspace(_Chunk):
@@ -167,9 +175,9 @@ class _Workspace(_Chunk):
         p.scatter_add_(1, at.targets[:, None], g[:, None])
         yield slice(None), self._finished(p)
 
-    def gradient_again(self, at: _Positions, g: Tensor, k: Tensor | None, norm: Tensor, ref_norm: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
+    def gradient_again(self, at: _Positions, g: Tensor, k: Tensor | None, norm: Tensor, ref_norm: Tensor | None = None) -> Iterator:
         "The same for positions that are in no buffer any more, from their normalisers [n]: pieces (columns, [n, w])."
-        width = max(1, self.cells // len(g))
+        width = max(1, self.piece_cells // len(g))
         for start in range(0, self.vocabulary, width):
             piece = slice(start, min(start + width, self.vocabulary))
             q = None if k is None else self.scores(self.ref_head, at.reference, "reference", piece).sub_(ref_norm[:, None]).exp_()

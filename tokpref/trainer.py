@@ -50,7 +50,7 @@ class PreferenceConfig(TrainingArguments):
     shared_prompt: bool = field(default=True, metadata={"help": "a pair is one packed segment; False: each response has its own prompt"})
     token_budget: int | None = field(default=None, metadata={"help": "most tokens that run through the model at a time; None: the batch"})
     chunk_size: int | None = field(default=None, metadata={"help": "positions scored at a time; None: from workspace"})
-    workspace: int | None = field(default=None, metadata={"help": "bytes for scores; None: 44 MiB on a CPU, 1 GiB elsewhere"})
+    workspace: int | None = field(default=None, metadata={"help": "bytes for scores; None: 28 MiB a matrix on a CPU, 1 GiB in all elsewhere"})
     eval_kl: bool = field(default=True, metadata={"help": "SeqKL and entropy at every evaluation, whatever the loss needs"})
     baseline_learning_rate: float = field(default=1e-3, metadata={"help": "learning rate of TBPO-Q's baseline head"})
     baseline_width: int = field(default=1024, metadata={"help": "width of TBPO-Q's baseline head; 0: linear"})
