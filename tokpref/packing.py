@@ -253,7 +253,8 @@ def _measured_obstacle(model: nn.Module, batch: dict, one_row: bool = False) -> 
     "Whether the states of the first two pairs change when they are packed."
     pairs = len(batch["input_ids"]) // 2
     some = [i + side for side in (0, pairs) for i in range(min(2, pairs))]
-    few = {name: batch[name][some] for name in ("input_ids", "attention_mask")}
+    seen = batch["attention_mask"][some].bool().any(0)      # without the padding that longer pairs of the batch asked for
+    few = {name: batch[name][some][:, seen] for name in ("input_ids", "attention_mask")}
     packed, at = pack_pairs(few, 1, one_row), few["attention_mask"].nonzero(as_tuple=True)
     with torch.no_grad(), evaluating(model):
         try:

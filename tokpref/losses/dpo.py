@@ -73,7 +73,7 @@ def ipo_loss(
 ) -> PairLoss:
     """(Δʷ − Δˡ − 1/(2β))²: [B] losses (Azar et al. 2023, arXiv 2310.12036, eq. 17).
 
-    The paper and the DPO authors' code sum over tokens, `average=True` takes the mean. Rewards are βΔ with that same Δ.
+    Δ sums over tokens, as the DPO authors' code does; `average=True` takes the mean. Rewards are βΔ with that same Δ.
     `ValueError` for β ≤ 0 and, with `average`, for an empty response.
     """
     check_same_batch(chosen, rejected)
