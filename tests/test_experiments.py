@@ -241,6 +241,33 @@ def test_held_out_numbers_are_those_of_the_evaluation_page(tmp_path):
         assert ours[mine] == pytest.approx(theirs[name], rel=1e-4)
 
 
+def test_policy_and_reference_are_measured_in_the_arithmetic_of_the_training(tmp_path):
+    "A trained model computes under autocast even when nobody asks it to; next to a reference that does not, a KL would be rounding."
+    config = replace(find_task("toy").configure("smoke")[1], **QUICK)
+    shared, seen = harness._Seed(find_task("toy"), config, tmp_path, 0, False), []
+    reward = lambda model: seen.append(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None) or {"reward": 0.0, "kl": 0.0}
+    for mixed, kind in ((None, None), ("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        shared.__dict__["problem"] = replace(shared.problem, evaluate=reward, arguments={mixed: True} if mixed else {})
+        shared.__dict__.pop("start", None)
+        assert shared.start["kl_chosen"] == 0.0 and harness.measure(shared.reference, shared.reference, shared.problem)["kl_chosen"] == 0.0
+        assert seen[-2:] == [kind, kind]
+
+
+def test_an_adapter_needs_no_second_model(tmp_path):
+    config = replace(find_task("toy").configure("smoke")[1], **QUICK)
+    shared = harness._Seed(find_task("toy"), config, tmp_path, 0, False)
+    shared.__dict__["problem"] = replace(shared.problem, adapter=object())
+    assert shared.reference is shared.problem.policy and not shared.reference.training and abs(shared.start["kl"]) < 1e-9
+
+
+def test_the_interval_of_many_seeds_is_students(tmp_path):
+    "Eleven seeds: 2.23 standard errors, not 2."
+    path = lambda end: [{"kl": 0.0, "reward": 0.0}, {"kl": 1.0, "reward": end}]
+    runs = [{"label": label, "seed": seed, "history": path(seed * (label == "tdpo2"))} for label in ("dpo", "tdpo2") for seed in range(11)]
+    gain, width = harness.paired_difference({"runs": runs}, "tdpo2", "dpo", 1.0)
+    assert gain == 5 and width == pytest.approx(2.228 * 1.0, rel=2e-3)      # a standard error of 1: the variance of 0..10 is 11
+
+
 def test_policy_gradient_raises_the_exact_reward(tmp_path):
     "Given the reward, it climbs; with a heavy KL in the reward it stays; and it uses each batch of samples as often as it should."
     overrides = {**QUICK, "letters": 4, "pretrain_steps": 60, "steps": 20, "eval_steps": 20}

@@ -285,10 +285,17 @@ def held_out_metrics(model: torch.nn.Module, reference: torch.nn.Module | None, 
     return dict(zip(("accuracy", "kl_chosen", "kl_rejected"), torch.cat(found, 1).mean(1).tolist()))
 
 
+def _arithmetic(model: torch.nn.Module, problem: Problem) -> torch.autocast:
+    "Autocast as in the training, which a trained model keeps in its forward pass: the reference beside it must have it too."
+    kind = next((kind for name, kind in (("bf16", torch.bfloat16), ("fp16", torch.float16)) if problem.arguments.get(name)), None)
+    return torch.autocast(next(model.parameters()).device.type, kind, enabled=kind is not None)
+
+
 def measure(model: torch.nn.Module, reference: torch.nn.Module | None, problem: Problem) -> dict[str, float]:
     "What the task measures of a policy, and `held_out_metrics` unless the task measures accuracy itself."
-    metrics = problem.evaluate(model)
-    return metrics if "accuracy" in metrics else {**metrics, **held_out_metrics(model, reference, problem)}
+    with _arithmetic(model, problem):
+        metrics = problem.evaluate(model)
+        return metrics if "accuracy" in metrics else {**metrics, **held_out_metrics(model, reference, problem)}
 
 # %% ../../nbs/experiments/30_compare.ipynb #1e70e36b
 def _train_with_loss(problem: Problem, reference, config: RunConfig, run: LossRun, seed: int, folder: Path, path: PathCallback) -> tuple:
@@ -381,12 +388,15 @@ class _Seed:
         return replace(found, train=train, eval=held_out)
 
     @functools.cached_property
-    def reference(self) -> torch.nn.Module: return copy.deepcopy(self.problem.policy).eval().requires_grad_(False)
+    def reference(self) -> torch.nn.Module:
+        "A frozen copy of the policy; the policy itself where every run trains an adapter, whose absence is the reference."
+        if self.problem.adapter is not None: return self.problem.policy.eval()
+        return copy.deepcopy(self.problem.policy).eval().requires_grad_(False)
 
     @functools.cached_property
     def start(self) -> dict:
         "What is measured of the reference; its SeqKLs to itself are zero."
-        metrics = self.problem.evaluate(self.reference)
+        with _arithmetic(self.reference, self.problem): metrics = self.problem.evaluate(self.reference)
         return metrics if "accuracy" in metrics else {**metrics, "kl_chosen": 0.0, "kl_rejected": 0.0}
 
 # %% ../../nbs/experiments/30_compare.ipynb #9f1fb227
@@ -587,7 +597,8 @@ def paired_difference(
     gains = np.array([pair[label] - pair[against] for pair in found.values() if len(pair) == 2])
     gains = gains[~np.isnan(gains)]
     if len(gains) < 2: return None
-    return float(gains.mean()), float(_T95.get(len(gains) - 1, 2.0) * gains.std(ddof=1) / len(gains) ** 0.5)
+    t = _T95.get(len(gains) - 1, 1.96 + 2.7 / (len(gains) - 1))
+    return float(gains.mean()), float(t * gains.std(ddof=1) / len(gains) ** 0.5)
 
 # %% ../../nbs/experiments/30_compare.ipynb #8491ab5f
 _LABELS = {"reward": "expected reward", "accuracy": "accuracy on held-out pairs", "entropy": "entropy, nats a token"}
