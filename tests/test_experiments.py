@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig
 
 from tokpref.data import PreferenceCollator
 from tokpref.evaluation import estimate, preference_metrics, sample, sample_kl
@@ -306,6 +307,16 @@ def test_fine_tuning_raises_the_likelihood_of_chosen_responses(tmp_path):
     record = run_toy(tmp_path, ["sft"], steps=12, eval_steps=12, pretrain_steps=5)
     losses = [entry["loss"] for entry in record["runs"][0]["log"] if "loss" in entry]
     assert record["runs"][0]["metrics"]["kl"] > 0 and losses and "accuracy" in record["runs"][0]["metrics"]
+
+
+def test_baselines_train_without_dropout_like_the_losses(tmp_path):
+    config = replace(find_task("toy").configure("smoke")[1], **QUICK)
+    problem = find_task("toy").prepare(config, tmp_path, False, 0)
+    rates = lambda model: {module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)}
+    for module in problem.policy.modules():
+        if isinstance(module, torch.nn.Dropout): module.p = 0.1
+    assert rates(baselines._policy(problem)) == {0.0} and rates(problem.policy) == {0.1}
+    assert rates(baselines._policy(replace(problem, adapter=LoraConfig(r=2, lora_dropout=0.05, target_modules=["c_attn"], fan_in_fan_out=True)))) == {0.0}
 
 
 def test_best_of_n_is_the_best_of_n(tmp_path):

@@ -194,6 +194,27 @@ def test_a_run_that_nobody_made_is_announced(tmp_path, capsys):
     assert capsys.readouterr().out == "paper: no run yet. It is made with: tokpref compare --task dialogue --profile paper\n"
 
 
+@pytest.mark.parametrize("place", ["here", "beside"])
+def test_a_run_of_ones_own_is_read(place, tmp_path, monkeypatch, capsys):
+    "What `tokpref compare` wrote where it was started, in the page's folder or at the top; but what lies in results/ comes first, and the book's own pages see nothing else."
+    (tmp_path / "here").mkdir(), (tmp_path / "results").mkdir()
+    monkeypatch.chdir(tmp_path / "here"), monkeypatch.delenv("TOKPREF_RESULTS_ONLY", raising=False)
+    own = (tmp_path if place == "beside" else tmp_path / "here") / "runs" / "dialogue-colab" / "comparison.json"
+    own.parent.mkdir(parents=True), own.write_text('{"seeds": [7]}', encoding="utf-8")
+    assert measured_runs("dialogue", ("colab",), "../results") == {"colab": {"seeds": [7]}}
+    assert capsys.readouterr().out.startswith("colab: your own run, ")
+    monkeypatch.setenv("TOKPREF_RESULTS_ONLY", "1")
+    assert measured_runs("dialogue", ("colab",), "../results") == {}
+    monkeypatch.delenv("TOKPREF_RESULTS_ONLY")
+    (tmp_path / "results" / "dialogue-colab.json").write_text('{"seeds": [0]}', encoding="utf-8")
+    assert measured_runs("dialogue", ("colab",), "../results") == {"colab": {"seeds": [0]}}
+
+
+def test_fine_tuning_with_another_optimiser_is_another_stage():
+    key = lambda **changes: hub.Stages(replace(QUICK, **changes), None, hub.PAIR_STAGES).key("sft")
+    assert len({key(), key(optimizer="adamw_torch"), key(max_grad_norm=1.0)}) == 3 and key() == key(beta=0.5, steps=7)
+
+
 @pytest.mark.parametrize("name", ["dialogue", "instructions"])
 def test_every_profile_is_sound(name):
     "Losses, steps and batches of every profile fit together; the first one is the one that needs neither network nor card."

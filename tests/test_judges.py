@@ -227,6 +227,17 @@ def test_a_reward_model_gives_bradley_terry_probabilities(reward_folder):
     assert win_rate(first, second, prompts, judge).first.value == pytest.approx(0.5)
 
 
+def test_a_reward_model_counts_with_what_the_card_has(reward_folder, monkeypatch):
+    "bfloat16 only where it isn't emulated."
+    asked = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(judges.AutoModelForSequenceClassification, "from_pretrained", lambda name, dtype: asked.append(dtype) or 1 / 0)
+    for own in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: own or including_emulation)
+        with pytest.raises(ZeroDivisionError): RewardJudge(str(reward_folder)).parts
+    assert asked == [torch.bfloat16, torch.float16]
+
+
 def test_a_long_prompt_is_cut_and_the_response_is_not(reward_folder):
     judge = RewardJudge(reward_folder, max_length=64)
     assert judge.scores(["a" * 500], ["yes"]) != judge.scores(["a" * 500], ["no!"])

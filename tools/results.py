@@ -9,6 +9,7 @@ section. There,
 
 Sentences that name a paper, or have an arXiv number, speak of the paper's numbers and are left alone; so are formulas, code and links.
 """
+import os
 import re
 import sys
 from pathlib import Path
@@ -84,6 +85,7 @@ def check_today(path: Path) -> list[str]:
     "Cells of measured sections that print something else when they are run now."
     from nbclient import NotebookClient
     stored, nb = (nbformat.read(path, as_version=4) for _ in range(2))
+    os.environ["TOKPREF_RESULTS_ONLY"] = "1"
     if not any(map(measured, sections(nb.cells))): return []
     NotebookClient(nb, timeout=1200, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}).execute()
     wrong = []

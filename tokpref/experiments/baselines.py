@@ -20,14 +20,17 @@ from transformers import DataCollatorForSeq2Seq, PrinterCallback, Trainer
 from ..evaluation import Samples, estimate, sample, score_samples
 from .compare import BASELINES, Baseline, LossRun, PathCallback, Problem, RunConfig, run_arguments
 from ..stats import response_stats
+from ..trainer import disable_dropout
 
 # %% ../../nbs/experiments/35_baselines.ipynb #131c0fed
 def _policy(problem: Problem) -> nn.Module:
-    "A copy of the policy to train, with a fresh adapter if the problem has one."
+    "A copy of the policy to train, with a fresh adapter if the problem has one, and without dropout, as under a loss on pairs."
     model = copy.deepcopy(problem.policy)
-    if problem.adapter is None: return model
-    from peft import get_peft_model
-    return get_peft_model(model, problem.adapter)
+    if problem.adapter is not None:
+        from peft import get_peft_model
+        model = get_peft_model(model, problem.adapter)
+    disable_dropout(model)
+    return model
 
 
 def _fit(trainer: Trainer, path: PathCallback) -> tuple[nn.Module, list[dict]]:

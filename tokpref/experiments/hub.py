@@ -13,6 +13,7 @@ __all__ = ['MATCHED', 'SUITES', 'PAIR_STAGES', 'PAIR_COLUMNS', 'Precision', 'pic
 import importlib.util
 import json
 import logging
+import os
 import random
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -29,7 +30,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from ..data import PreferenceCollator, load_preferences, prepare
 from ..evaluation import Samples, diversity, estimate, length_controlled, predictive_entropy, preference_table, sample, sample_kl, win_rate
-from .compare import Problem, comparison_table, write_json
+from .compare import Problem, comparison_table, read_json, write_json
 from .judges import open_judge
 from .scratch import ScratchConfig, Stages, fastest_device, fresh_model, held_out_loss, train_lm, train_tokenizer
 from ..trainer import disable_dropout
@@ -214,7 +215,7 @@ def count_words(part: str | Sequence[Mapping]) -> int:
 
 
 def hold_out(pairs: Dataset, n: int, seed: int) -> tuple[Dataset, Dataset]:
-    "PairData to train on and at least `n` held-out ones, no prompt in both. Raises `ValueError` if that leaves nothing to train on."
+    "Pairs to train on and at least `n` held-out ones, no prompt in both. Raises `ValueError` if that leaves nothing to train on."
     groups: dict[str, list[int]] = {}
     for i, prompt in enumerate(pairs["prompt"]): groups.setdefault(json.dumps(prompt), []).append(i)
     order, held = list(groups.values()), []
@@ -391,7 +392,7 @@ PAIR_STAGES = {     # stage -> settings, and stages, that it depends on
     "tokenizer": ("pairs", "vocab_size"),
     "language_model": ("tokenizer", "context", "hidden_size", "layers", "heads", "lm_tokens", "lm_batch", "lm_learning_rate"),
     "sft": ("language_model", "model", "tokenizer_name", "precision", "lora_rank", "lora_alpha", "max_length", "max_prompt_length", "sft_epochs", "sft_batch",
-            "sft_learning_rate", "sft_warmup_steps")}
+            "sft_learning_rate", "sft_warmup_steps", "optimizer", "max_grad_norm")}
 
 
 def text_rows(pairs: Dataset, tokenizer, context: int) -> list[list[int]]:
@@ -505,12 +506,18 @@ def run_heading(record: dict) -> str:
 
 
 def measured_runs(task: str, profiles: Sequence[str], folder: str | Path = "../../results") -> dict[str, dict]:
-    """profile -> the record of a run in `folder`; of those that are missing a line is printed that says how the run is made.
+    """profile -> the record of a run: that of `folder`, or your own, which `tokpref compare` left in `runs/`, here or beside `folder`.
 
-    `gpu` is the profile `nano`, made larger, as `make gpu` runs it.
+    A line is printed for your own, and for a run that is missing it says how it is made. `gpu` is the profile `nano`, made larger, as `make gpu` runs it.
+    With TOKPREF_RESULTS_ONLY in the environment, as when the pages of this book are made, only `folder` is looked at.
     """
-    found = {profile: Path(folder, f"{task}-{profile}.json") for profile in profiles}
-    for profile, path in found.items():
+    found = {}
+    own = [] if os.environ.get("TOKPREF_RESULTS_ONLY") else [Path("runs"), Path(folder).parent / "runs"]
+    for profile in profiles:
+        places = [Path(folder, f"{task}-{profile}.json"), *(place / f"{task}-{profile}" / "comparison.json" for place in own)]
         made_with = "make gpu" if profile == "gpu" else f"tokpref compare --task {task} --profile {profile}"
-        if not path.exists(): print(f"{profile}: no run yet. It is made with: {made_with}")
-    return {profile: json.loads(path.read_text(encoding="utf-8")) for profile, path in found.items() if path.exists()}
+        path = next((path for path in places if path.exists()), None)
+        if path is None: print(f"{profile}: no run yet. It is made with: {made_with}")
+        else: found[profile] = read_json(path)
+        if path in places[1:]: print(f"{profile}: your own run, {path}")
+    return found

@@ -247,7 +247,8 @@ class RewardJudge:
     def parts(self) -> tuple:
         "(tokenizer, model), loaded when first asked, on the GPU if there is one."
         tokenizer, gpu = AutoTokenizer.from_pretrained(self.model), torch.cuda.is_available()
-        model = AutoModelForSequenceClassification.from_pretrained(self.model, dtype=torch.bfloat16 if gpu else torch.float32).eval()
+        dtype = torch.float32 if not gpu else torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+        model = AutoModelForSequenceClassification.from_pretrained(self.model, dtype=dtype).eval()
         if model.config.num_labels > 1 and self.label is None: raise ValueError(f"{self.model} has {model.config.num_labels} scores: set label to one of them")
         if tokenizer.pad_token_id is None: tokenizer.pad_token = tokenizer.eos_token
         model.config.pad_token_id = tokenizer.pad_token_id

@@ -87,7 +87,7 @@ def lm_loss(model: nn.Module, rows: list[list[int]], starts: Sequence[int] | Non
     place, lengths = torch.arange(length, device=device), torch.tensor([len(row) for row in rows], device=device)[:, None]
     first = torch.tensor([0] * len(rows) if starts is None else list(starts), device=device)[:, None]
     labels = ids.masked_fill((place >= lengths) | (place < first), -100)
-    with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
+    with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)):
         return model(input_ids=ids, attention_mask=(place < lengths).long(), labels=labels).loss
 
 # %% ../../nbs/experiments/32_scratch.ipynb #cfbc9934

@@ -354,7 +354,7 @@ def hub_reward(prompts: Sequence[list[int]], responses: Sequence[str], classifie
     texts, device, found = [tokenizer.decode(p) + r for p, r in zip(prompts, responses)], next(classifier.parameters()).device, []
     for i in range(0, len(texts), batch_size):
         batch = classifier_tokenizer(texts[i:i + batch_size], return_tensors="pt", padding=True, truncation=True, max_length=512).to(device)
-        found.append(classifier(**batch).logits.float().softmax(-1)[:, positive_label(classifier.config.id2label)].cpu())
+        with torch.autocast(device.type, enabled=False): found.append(classifier(**batch).logits.float().softmax(-1)[:, positive_label(classifier.config.id2label)].cpu())
     return torch.cat(found)
 
 # %% ../../nbs/experiments/40_sentiment.ipynb #ae9aebf4
@@ -402,7 +402,6 @@ def prepare_sentiment(config: SentimentConfig, folder: Path, progress: bool = Tr
     if hub:
         precision = pick_precision(config.precision)
         more = {**precision.arguments(), **accumulation(config.batch_size, config.micro_batch), **checkpointing(config.gradient_checkpointing)}
-        if precision.mixed == "fp16": more["one_pass"] = False      # gradients are scaled in the usual backward pass only
     start = tokenizer, model, reward, info = _hub_start_and_reward(config, stages, reviews, precision) if hub else _start_and_reward(config, stages, reviews)
     adapter = lora(config.lora_rank, config.lora_alpha) if hub and config.lora_rank else None
     problem = _measured(config, stages, reviews, start[:3], None if adapter else copy.deepcopy(model).eval().requires_grad_(False), seed)
