@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset, DatasetDict, disable_progress_bars
+from datasets.exceptions import DatasetNotFoundError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.utils.data import DataLoader
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
@@ -151,6 +152,45 @@ def test_several_turns(tokenizer):
     assert tokenizer.decode(a["prompt_ids"]) == prompt
 
 
+def test_a_user_turn_is_never_scored(tokenizer):
+    user, reply = dict(role="user", content="What is the sky?"), lambda text: dict(role="assistant", content=text)
+    late = {side: [user, reply("It is blue."), user, reply(text)] for side, text in (("chosen", "The sea."), ("rejected", "It is green."))}
+    early = {side: [user, reply(text), user, reply("It is 42.")] for side, text in (("chosen", "The sea."), ("rejected", "It is green."))}
+    rows, report = prepare([dict(late, prompt=None), early, dict(prompt=[user], chosen=[reply("a")], rejected=[reply("b"), user])], tokenizer)
+    assert rows["row"] == [0] and report.dropped == {"user turn in chosen": 1, "user turn in rejected": 1}
+    with pytest.raises(ValueError, match="row 1: user turn in chosen"): prepare([late, early], tokenizer, on_bad_row="raise")
+
+
+def test_messages_beside_text_are_refused(tokenizer):
+    row = dict(prompt=[dict(role="user", content="What is the sky?")], chosen="It is blue.", rejected="It is green.")
+    with pytest.raises(TypeError, match="row 0: prompt is chat messages and the responses are text: use one format"): prepare([row], tokenizer)
+    good = dict(row, chosen=[dict(role="assistant", content="a")], rejected=[dict(role="assistant", content="b")])
+    assert prepare([good, dict(good, chosen=None), dict(good, chosen=None, rejected=None)], tokenizer)[1].dropped == {"empty chosen": 2}
+
+
+def test_tools_reach_the_template(tokenizer):
+    knows = deepcopy(tokenizer)
+    knows.chat_template = "{% if tools %}{{ tools | tojson }}{% endif %}" + TEMPLATE
+    schema = lambda name, **fields: dict(type="function", function=dict(name=name, parameters=dict(type="object", properties=fields)))
+    city, number = schema("sea", city=dict(type="string")), schema("answer", number=dict(type="integer"))
+    say = lambda role, content: [dict(role=role, content=content)]
+    pair = dict(prompt=say("user", "x"), chosen=say("assistant", "a"), rejected=say("assistant", "b"))
+    for stored in (lambda tools: tools, json.dumps):        # as Arrow structs, and as text
+        rows, _ = prepare([dict(pair, tools=stored([city])), dict(pair, tools=stored([number])), dict(pair, tools=None)], knows)
+        prompts = [knows.decode(row["prompt_ids"]) for row in rows]
+        for tools, prompt in zip(([city], [number], None), prompts):
+            assert prompt == knows.apply_chat_template(pair["prompt"], tools=tools, tokenize=False, add_generation_prompt=True)
+    assert "tools" not in rows.column_names
+    shared, _ = prepare([pair, dict(pair)], knows, chat_template_kwargs={"tools": [city]})
+    assert knows.decode(shared[0]["prompt_ids"]) == prompts[0]
+    with pytest.raises(ValueError, match="row 0: tools is text, but not the JSON"): prepare([dict(pair, tools="[broken")], knows)
+
+
+def test_template_arguments_without_a_template_are_refused(tokenizer):
+    with pytest.raises(ValueError, match="chat_template_kwargs=.* would be ignored: the pairs are text"):
+        prepare(some_rows(2), tokenizer, chat_template_kwargs={"enable_thinking": False})
+
+
 def test_template_that_ends_with_another_token_gets_the_end_token(tokenizer):
     plain = deepcopy(tokenizer)
     plain.chat_template = TEMPLATE.replace("<eos>", "")
@@ -253,6 +293,13 @@ def test_unreachable_and_broken_sources_are_one_line(tmp_path, no_hub):
             (lambda: load_preferences("imdb"), (FileNotFoundError, ValueError), "imdb")):
         with pytest.raises(error, match=words) as caught: call()
         assert "\n" not in str(caught.value)
+
+
+def test_a_gated_set_says_so(monkeypatch, no_hub):
+    def refuse(*args, **kwargs): raise DatasetNotFoundError("Dataset 'a/b' is a gated dataset on the Hub. You must be authenticated.\nMore lines.")
+    monkeypatch.setattr(data, "load_dataset", refuse)
+    with pytest.raises(FileNotFoundError, match="is a gated dataset on the Hub.*log in with `hf auth login`") as caught: load_texts("a/b")
+    assert "\n" not in str(caught.value) and "More" not in str(caught.value)
 
 
 def test_a_chat_set_of_the_hub(tmp_path, tokenizer, no_hub, monkeypatch):

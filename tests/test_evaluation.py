@@ -167,6 +167,18 @@ def test_prompts_are_tokenised_as_in_training(tokenizer):
     with pytest.raises(ValueError, match="chat template"): ev.encode_prompt([{"role": "user", "content": "hi"}], tokenizer)
 
 
+def test_template_arguments_of_training_reach_the_samples(model, tokenizer, monkeypatch):
+    template = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}{{ eos_token if m.role == 'assistant' }}{% endfor %}" \
+               "{% if add_generation_prompt %}{{ '' if think else 'no thinking ' }}a:{% endif %}"
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    prompt, more = [{"role": "user", "content": "hi"}], {"think": True}
+    drawn = ev.sample(model, tokenizer, [prompt], max_new_tokens=2, progress=False, chat_template_kwargs=more)
+    assert drawn.prompt_ids[0] == ev.encode_prompt(prompt, tokenizer, more) == tokenizer("u:hia:", add_special_tokens=False)["input_ids"]
+    assert len(ev.encode_prompt(prompt, tokenizer)) > len(drawn.prompt_ids[0])
+    for bare in ("hi", [3, 4]):
+        with pytest.raises(ValueError, match="chat_template_kwargs=.* would be ignored"): ev.sample(model, tokenizer, [bare], chat_template_kwargs=more)
+
+
 @pytest.mark.parametrize("bad, message", [
     (dict(prompts=[]), "list of prompts is empty"), (dict(prompts=["a", ""]), "prompt 1 is empty"), (dict(prompts=["a", []]), "prompt 1 is empty"),
     (dict(n=0), "n must be at least 1"), (dict(max_new_tokens=0), "max_new_tokens must be"), (dict(temperature=-1), "temperature"),
@@ -379,7 +391,9 @@ def test_length_control_finds_the_rate_at_equal_lengths():
     odds = 0.8 + 2 * torch.tanh(d / d.square().mean().sqrt())
     assert ev.length_controlled(torch.sigmoid(odds).tolist(), d.tolist(), ridge=0) == pytest.approx(torch.sigmoid(torch.tensor(0.8)).item(), abs=1e-6)
     assert ev.length_controlled([1.0, 1.0, 0.0], [0.0, 0.0, 0.0], ridge=1e-9) == pytest.approx(2 / 3, abs=1e-6)
-    with pytest.raises(ValueError): ev.length_controlled([1.0], [2.0])
+    for scores in ([1.0], [1.0, math.nan], [math.nan, math.nan]):
+        with pytest.raises(ValueError, match="two or more pairs with a readable verdict"): ev.length_controlled(scores, [2.0] * len(scores))
+    with pytest.raises(ValueError, match="2 scores and 1 differences"): ev.length_controlled([1.0, 0.0], [2.0])
 
 
 # Figures

@@ -11,6 +11,7 @@ __all__ = ['LOADERS', 'shared_prefix', 'split_pair', 'check_tokenizer', 'encode_
 # %% ../nbs/library/21_data.ipynb #1748f28e
 import dataclasses
 import hashlib
+import json
 import logging
 import math
 import os
@@ -47,6 +48,8 @@ def split_pair(
     prompt, chosen, rejected = row.get("prompt"), row["chosen"] or "", row["rejected"] or ""
     if isinstance(chosen, str) != isinstance(rejected, str) and chosen and rejected:
         raise TypeError("chosen is text and rejected is chat messages (or the reverse): use one format")
+    if isinstance(prompt, list) and any(isinstance(part, str) and part for part in (chosen, rejected)):
+        raise TypeError("prompt is chat messages and the responses are text: use one format")
     if isinstance(chosen, str) or isinstance(rejected, str):        # text, or one side is missing
         if prompt is not None or not (chosen and rejected): return prompt or "", chosen, rejected
         n = shared_prefix(chosen, rejected)
@@ -170,6 +173,7 @@ def _bad_text(prompt, chosen, rejected) -> str | None:
     "Why a pair is unusable as written, or None."
     for name, part in (("prompt", prompt), ("chosen", chosen), ("rejected", rejected)):
         if not _text_of(part).strip(): return f"empty {name}"
+        if name != "prompt" and not isinstance(part, str) and any(m["role"] == "user" for m in part): return f"user turn in {name}"
     return "identical responses" if chosen == rejected else None
 
 # %% ../nbs/library/21_data.ipynb #7501a05f
@@ -203,14 +207,27 @@ def _finish(ids: tuple, row: int, weights: dict, spec: dict) -> dict:
             **{k: cut_response(w, room) for k, w in weights.items()}}
 
 # %% ../nbs/library/21_data.ipynb #359fb6bc
+def _without_none(value):
+    "Lists and dicts without the empty fields that Arrow puts into them."
+    if isinstance(value, list): return [_without_none(v) for v in value]
+    return {k: _without_none(v) for k, v in value.items() if v is not None} if isinstance(value, dict) else value
+
+
+def _row_options(pair: dict, options: dict | None) -> dict:
+    "Arguments of the chat template for one row: those of all rows, and its own `tools`, as schemas or as their JSON text, before them."
+    tools = pair.get("tools")
+    try: tools = json.loads(tools or "null") if isinstance(tools, str) else _without_none(tools)
+    except json.JSONDecodeError as e: raise ValueError(f"tools is text, but not the JSON of a list of schemas ({e}): mend it, or remove the column") from e
+    return {**(options or {}), **({"tools": tools} if tools else {})}
+
+
 def _read_pair(pair: dict, tokenizer, spec: dict) -> tuple:
     "Why a raw row is unusable (or None), its texts (or None), and its ids (or None: not a chat)."
     parts = split_pair(pair)
     why = _bad_text(*parts)
     if why or isinstance(parts[0], str): return why, parts, None
-    prompt, chosen, rejected = parts
-    (prompt_ids, chosen_ids), (_, rejected_ids) = (encode_chat(prompt, r, tokenizer, spec["chat_template_kwargs"])
-                                                   for r in (chosen, rejected))
+    (prompt, chosen, rejected), options = parts, _row_options(pair, spec["chat_template_kwargs"])
+    (prompt_ids, chosen_ids), (_, rejected_ids) = (encode_chat(prompt, r, tokenizer, options) for r in (chosen, rejected))
     return None, None, (prompt_ids, chosen_ids, rejected_ids)
 
 
@@ -269,6 +286,12 @@ def _check_columns(dataset, name: str) -> None:
                             "it must be text, or a list of {role, content} messages")
     if ("chosen_weights" in columns) != ("rejected_weights" in columns):
         raise ValueError(f"{name}: chosen_weights and rejected_weights come together, one of the two is missing")
+
+
+def _check_chat(dataset: Dataset, chat_template_kwargs: dict | None) -> None:
+    "Raise `ValueError` for arguments of a chat template when there is no chat."
+    chat = any(_kind(dataset.features[c]) == "messages" for c in ("prompt", *_SIDES) if c in dataset.column_names)
+    check_unused(chat, "the pairs are text, and only messages go through a chat template", chat_template_kwargs=(chat_template_kwargs or None, None))
 
 # %% ../nbs/library/21_data.ipynb #3538d74c
 def _check_lengths(max_length: int, max_prompt_length: int | None) -> None:
@@ -386,7 +409,7 @@ def _code_digest(function: Callable) -> str:
 # %% ../nbs/library/21_data.ipynb #780e82f2
 def _encode(dataset: Dataset, tokenizer, spec: dict, num_proc: int | None) -> Dataset:
     "All rows of `dataset` through `_encode_batch`."
-    columns = [c for c in ("prompt", *_SIDES, *_WEIGHTS) if c in dataset.column_names]
+    columns = [c for c in ("prompt", *_SIDES, *_WEIGHTS, "tools") if c in dataset.column_names]
     bos = tokenizer.bos_token_id
     spec = dict(spec, begin=[] if bos is None else [bos], code=_code_digest(_encode_batch))
     return dataset.select_columns(columns).map(
@@ -415,7 +438,7 @@ def prepare(
     tokenizer,                          # a transformers tokenizer with an end token
     max_length: int = 1024,             # most tokens of prompt + response
     max_prompt_length: int | None = None,   # most tokens of the prompt; None: cut prompts only when a pair does not fit
-    chat_template_kwargs: dict | None = None,   # more arguments of the chat template
+    chat_template_kwargs: dict | None = None,   # more arguments of the chat template; a row's own `tools` go before
     name: str = "train",                # for messages and the report
     num_proc: int | None = None,        # worker processes
     on_bad_row: str = "drop",           # "drop" and count unusable rows, or "raise" on the first
@@ -424,7 +447,8 @@ def prepare(
     "Tokenise and truncate pairs. `row` is the index in `dataset`, `cut` what prompt, chosen, rejected lost. Errors name rows."
     if on_bad_row not in ("drop", "raise"): raise ValueError(f"on_bad_row must be 'drop' or 'raise', got {on_bad_row!r}")
     if isinstance(dataset, list): dataset = Dataset.from_list(dataset)
-    _check_columns(dataset, name); _check_lengths(max_length, max_prompt_length); check_tokenizer(tokenizer, pad=False)
+    _check_columns(dataset, name); _check_chat(dataset, chat_template_kwargs)
+    _check_lengths(max_length, max_prompt_length); check_tokenizer(tokenizer, pad=False)
     limits = dict(max_length=max_length, max_prompt_length=max_prompt_length)
     full = _encode(dataset, tokenizer, dict(limits, chat_template_kwargs=chat_template_kwargs, name=name), num_proc)
     good = _good_rows(full["why"], name, on_bad_row)
@@ -644,9 +668,9 @@ def _hub(source: str, split: str, loader: Loader, root: Path | None) -> Dataset:
     except OSError as e:
         here = f"{root / loader.hub_id} does not exist" if root else "TOKPREF_DATA is not set"
         known = nearest(source, LOADERS) if find_loader(source) is None else ""
-        why = f"{here}, and the hub did not give it ({type(e).__name__})"
+        why = f"{here}, and the hub did not give it ({type(e).__name__}: {(str(e).splitlines() or ['no reason given'])[0]})"
         raise FileNotFoundError(f"cannot reach dataset {loader.hub_id!r}: {why}: set TOKPREF_DATA to a directory that holds it, "
-                                f"or go online{known}") from None
+                                f"or go online, or log in with `hf auth login`{known}") from None
 
 
 def _open(source: str, split: str, loader: Loader) -> Dataset:

@@ -27,9 +27,9 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
 # %% ../nbs/library/23_evaluation.ipynb #e4a2be35
-from .data import check_tokenizer, encode_texts
+from .data import _template, check_tokenizer, encode_texts
 from .engine import pair_stats
-from .losses.types import check_positive
+from .losses.types import check_positive, check_unused
 from .stats import base_model, evaluating, response_stats
 from .trainer import check_loss, pair_metrics
 
@@ -66,12 +66,16 @@ class Samples:
         return list(places.values())
 
 # %% ../nbs/library/23_evaluation.ipynb #945c62cb
-def encode_prompt(prompt: str | list, tokenizer) -> list[int]:
-    "Token ids of a prompt (text, chat messages, or ids already), as `tokpref.data.prepare` makes them before it cuts any."
+def encode_prompt(prompt: str | list, tokenizer, chat_template_kwargs: dict | None = None) -> list[int]:
+    """Token ids of a prompt (text, chat messages, or ids already), as `tokpref.data.prepare` makes them before it cuts any.
+
+    `chat_template_kwargs` are more arguments of the chat template, those of training; `ValueError` where no template is used."""
+    chat = len(prompt) > 0 and isinstance(prompt[0], dict)
+    check_unused(chat, "the prompt is not chat messages", chat_template_kwargs=(chat_template_kwargs or None, None))
     if isinstance(prompt, str): return encode_texts([(prompt, "", "")], tokenizer)[0][0]
-    if not len(prompt) or not isinstance(prompt[0], dict): return [int(token) for token in prompt]
+    if not chat: return [int(token) for token in prompt]
     if not tokenizer.chat_template: raise ValueError("chat messages need a tokenizer with a chat template: set tokenizer.chat_template")
-    return list(tokenizer.apply_chat_template(prompt, tokenize=True, add_generation_prompt=True, return_dict=True)["input_ids"])
+    return _template(tokenizer, prompt, chat_template_kwargs or {}, tokenize=True, prompt=True)
 
 # %% ../nbs/library/23_evaluation.ipynb #a9aaa3e5
 @contextlib.contextmanager
@@ -138,6 +142,7 @@ def sample(
     batch_size: int = 64,           # responses generated at a time
     seed: int = 0,                  # same seed, same batch size, same machine: same samples
     progress: bool = True,          # show a bar
+    chat_template_kwargs: dict | None = None,   # more arguments of the chat template, those of training
 ) -> Samples:                       # n · len(prompts) entries
     """`n` responses to each prompt from π_θ(y|x), and from nothing else: the model's own generation settings are put aside.
 
@@ -147,7 +152,7 @@ def sample(
     """
     check_tokenizer(tokenizer, base_model(model))
     model = extract_model_from_parallel(model)
-    prompt_ids = [encode_prompt(prompt, tokenizer) for prompt in prompts]
+    prompt_ids = [encode_prompt(prompt, tokenizer, chat_template_kwargs) for prompt in prompts]
     _check_sampling(prompt_ids, model, n, max_new_tokens, temperature, top_p)
     config = _sampling_config(tokenizer, max_new_tokens, temperature, top_p)
     index = [i for i in range(len(prompt_ids)) for _ in range(n)]
@@ -554,11 +559,12 @@ def length_controlled(
     """Win rate at equal lengths, σ(θ) of the logistic fit P = σ(θ + φ tanh(d/sd)) by Newton's method (after arXiv 2404.04475).
 
     Pairs whose score is nan are left out. Where all candidates are longer than their references nothing shows what equal lengths would
-    do: the number is then a guess. Raises `ValueError` for lists of different lengths or fewer than two pairs.
+    do: the number is then a guess. Raises `ValueError` for lists of different lengths or fewer than two pairs with a score.
     """
     y, d = torch.tensor(scores, dtype=torch.float64), torch.tensor(differences, dtype=torch.float64)
-    if y.shape != d.shape or len(y) < 2: raise ValueError(f"length_controlled: needs two or more pairs, got {len(y)} scores and {len(d)} differences")
+    if y.shape != d.shape: raise ValueError(f"length_controlled: got {len(y)} scores and {len(d)} differences; one of each is needed for every pair")
     y, d = y[~y.isnan()], d[~y.isnan()]
+    if len(y) < 2: raise ValueError(f"length_controlled: needs two or more pairs with a readable verdict, got {len(y)} of {len(scores)}")
     X = torch.stack([torch.ones_like(d), torch.tanh(d / d.square().mean().sqrt().clamp(min=1e-12))], -1)
     theta = torch.zeros(2, dtype=torch.float64)
     for _ in range(100):
