@@ -34,5 +34,6 @@ TASKS["instructions"] = Task("instructions", "answers that a judge preferred", {
     "colab": InstructionsConfig(model="Qwen/Qwen2.5-0.5B-Instruct", lora_rank=16, train_pairs=4000, eval_pairs=512, max_length=1024, micro_batch=2,
                                 gradient_checkpointing=True, prompts=32, eval_batch=8, steps=250, eval_steps=125, batch_size=16, learning_rate=5e-5),
     "paper": InstructionsConfig(model="HuggingFaceH4/mistral-7b-sft-alpha", lora_rank=32, eval_pairs=0, max_length=2048, micro_batch=2, gradient_checkpointing=True,
+                                losses=("dpo", "tdpo1", "tdpo2", "adpo", "bpo:lam=0.0", "tbpo_q", "tbpo_a"),
                                 prompts=100, eval_batch=4, steps=1910, eval_steps=955, batch_size=32, learning_rate=5e-7, warmup_steps=96, schedule="cosine")},
     prepare_pairs)

@@ -453,7 +453,8 @@ def _with_authors(problem: Problem, config: GSM8KConfig) -> Problem:
 
     def final(model) -> dict[str, float]:
         reference = measure.reference if measure.reference is not None or hasattr(model, "disable_adapter") else model
-        table = preference_table(model, reference, pairs, PreferenceCollator(problem.tokenizer.pad_token_id), batch_size=config.eval_batch, progress=False)
+        with autocast(measure.mixed):
+            table = preference_table(model, reference, pairs, PreferenceCollator(problem.tokenizer.pad_token_id), batch_size=config.eval_batch, progress=False)
         found = author_accuracies(authors, table["implicit/margins"])
         return {"accuracy_person": found["person"], "accuracy_model": found["model"]}
 
