@@ -110,6 +110,12 @@ def test_a_head_that_adapters_change_falls_back_and_says_so(caplog):
     close(gradients("tdpo1", ours, model), gradients("tdpo1", oracle, model), 1e-10)
 
 
+def test_full_logits_are_mentioned_once(caplog):
+    model, ref_model = (get_peft_model(make("Llama", seed), LoraConfig(r=2, target_modules=["lm_head"])).double() for seed in (0, 1))
+    for _ in range(3): token_stats(model, ref_model, make_batch())
+    assert caplog.text.count("full logits") == 2        # policy and reference
+
+
 def test_weights_of_tokens_reach_the_loss():
     model, ref_model, batch = make("Llama"), make("Llama", 1), make_batch()
     first = torch.zeros_like(batch["input_ids"], dtype=torch.float64)
@@ -304,6 +310,43 @@ def test_a_loss_that_mixes_pairs_is_found_out():
     model, ref_model, batch = make("GPT2"), make("GPT2", 1), shared_batch()
     with pytest.raises(ValueError, match="other pairs"): pair_loss(model, ref_model, batch, centred, chunk_size=1)
     assert "other pairs" in engine.engine_obstacles(model, ref_model, batch, centred)["one_pass"]
+
+
+@pytest.mark.parametrize("name", ["bpo", "tbpo_q"])
+def test_rounding_of_a_loss_of_nothing_is_no_obstacle(name):
+    "On its reference the loss is zero but for rounding, whichever way it is taken; its gradient is not."
+    model, batch = make("Llama", 2).float(), make_batch()
+    head = BaselineHead(16, 8) if LOSSES[name].baseline else None
+    sides = token_stats(model, None, batch, kl=False)
+    known = torch.cat([torch.nn.functional.pad(s.logps.detach(), (0, 6 - s.logps.shape[1])) for s in sides])
+    noise = 1e-6 * torch.randn(known.shape, generator=torch.Generator().manual_seed(0))       # of a reference scored in another batch
+    assert engine.engine_obstacles(model, None, {**batch, "ref_logps": known + noise}, LOSSES[name], baseline=head)["one_pass"] is None
+
+
+# What needs no reference
+
+def test_a_loss_without_a_reference_does_not_run_it():
+    model, batch, calls = make("Llama"), make_batch(), []
+    ref_model = make("Llama", 1)
+    ref_model.register_forward_hook(lambda *_: calls.append("reference"))
+    simpo = functools.partial(LOSSES["simpo"], beta=2.0)
+    bare = pair_loss(model, None, batch, simpo, shared_prompt=False)
+    given = pair_loss(model, ref_model, batch, simpo, shared_prompt=False)
+    assert not calls and given.chosen.ref_logps is None and given.chosen.kl is None
+    assert_close(given.loss, bare.loss)
+    assert engine.engine_obstacles(model, ref_model, batch, simpo)["one_pass"] is None
+    with torch.no_grad(): asked = pair_loss(model, ref_model, batch, simpo, kl=True, shared_prompt=False)
+    assert calls and asked.chosen.kl is not None
+    assert pair_stats(model, ref_model, batch)[0].ref_logps is not None
+
+
+def test_a_loss_without_a_reference_runs_an_adapter_once():
+    model, calls = get_peft_model(make("Llama"), LoraConfig(r=2, target_modules=["q_proj"])).double(), []
+    model.get_base_model().register_forward_hook(lambda *_: calls.append(1))
+    for name, runs in (("simpo", 1), ("dpo", 2)):
+        calls.clear()
+        pair_loss(model, None, make_batch(), LOSSES[name], shared_prompt=False)
+        assert len(calls) == runs, name
 
 
 # Attention by segments

@@ -164,9 +164,14 @@ def _same_for_all(losses: Tensor, pairs: PairLoss) -> None:
                          "pass one_pass=False")
 
 
+def _spec(loss: Callable, name: str, otherwise: bool) -> bool:
+    "What the entry of LOSSES behind the callable says; `otherwise` where there is none."
+    return getattr(getattr(loss, "func", loss), name, otherwise)
+
+
 def _asked(loss: Callable, kl: bool | None, reverse_kl: bool, entropy: bool) -> tuple[bool, bool, bool]:
     "(kl, reverse_kl, entropy), the first as the entry of LOSSES behind the callable says unless it is given."
-    return getattr(getattr(loss, "func", loss), "kl", False) if kl is None else kl, reverse_kl, entropy
+    return _spec(loss, "kl", False) if kl is None else kl, reverse_kl, entropy
 
 # %% ../nbs/library/29_one_pass.ipynb #1ca72f88
 class _Layout(NamedTuple):
@@ -235,9 +240,10 @@ def _given(batch: dict, layout: _Layout, live: bool) -> dict[str, Tensor]:
     return given
 
 
-def _states(model: nn.Module, ref_model: nn.Module | None, batch: dict, layout: _Layout, full: bool) -> tuple[tuple, tuple | None]:
-    "Features of policy and reference; the reference is left out where its log-probs came with the batch and no KL is asked for."
-    live = full or batch.get("ref_logps") is None
+def _states(model: nn.Module, ref_model: nn.Module | None, batch: dict, layout: _Layout, loss: Callable, asked: tuple) -> tuple[tuple, tuple | None]:
+    "Features of policy and reference. Where no KL is asked for, the reference is left out if its log-probs came with the batch or the loss needs none."
+    full = any(asked[:2])
+    live = full or (_spec(loss, "reference", True) and batch.get("ref_logps") is None)
     inputs = lambda m: batch if layout.packed is None else packed_inputs(layout.packed, m)
     segments = contextlib.nullcontext() if layout.packed is None else segment_attention(layout.packed, model, *([ref_model] if ref_model else []))
     with segments:
@@ -301,12 +307,13 @@ def pair_loss(
 ) -> BatchLoss:
     """The mean loss of B preference pairs with its gradient, and what a log wants to know.
 
-    Under `torch.no_grad` statistics and losses only. Raises `ValueError` as `token_stats` does, when the loss of a pair depends on the
-    other pairs, and when `shared_prompt=True` and a model can't take packed pairs. Source: @eq-one-pass of the chapter.
+    Under `torch.no_grad` statistics and losses only. A reference that neither the loss, as its entry of LOSSES says, nor a KL needs is
+    not run, and the statistics then have no `ref_logps`. Raises `ValueError` as `token_stats` does, when the loss of a pair depends on
+    the other pairs, and when `shared_prompt=True` and a model can't take packed pairs. Source: @eq-one-pass of the chapter.
     """
     asked = _asked(loss, kl, reverse_kl, entropy)
     layout = _plan(batch, [m for m in (model, ref_model) if m is not None], shared_prompt)
-    policy, reference = _states(model, ref_model, batch, layout, any(asked[:2]))
+    policy, reference = _states(model, ref_model, batch, layout, loss, asked)
     given = _given(batch, layout, reference is not None)
     if baseline is not None: given["baseline"] = baseline(policy[0].detach())
     split = policy[1] is not None and (reference is None or reference[1] is not None)
@@ -331,7 +338,7 @@ def pair_stats(
 def _one_pass_obstacle(model: nn.Module, ref_model: nn.Module | None, batch: dict, loss: Callable, asked: tuple, baseline: Callable | None) -> str | None:
     "Whether loss and gradients of a batch change when they are taken in one pass, a pair at a time."
     layout = _plan(batch, [model], False)
-    with torch.no_grad(), evaluating(model): policy, reference = _states(model, ref_model, batch, layout, any(asked[:2]))
+    with torch.no_grad(), evaluating(model): policy, reference = _states(model, ref_model, batch, layout, loss, asked)
     if policy[1] is None or (reference is not None and reference[1] is None): return "the output head is not a plain linear layer held in one piece"
     given = _given(batch, layout, reference is not None)
     if baseline is not None: given["baseline"] = baseline(policy[0]).detach()
@@ -343,7 +350,8 @@ def _one_pass_obstacle(model: nn.Module, ref_model: nn.Module | None, batch: dic
     try:
         with torch.enable_grad(): pairs = list(zip(run(_from_scores, (None, size)), run(_in_two_steps, None)))
     except ValueError as error: return str(error)
-    worst = max(((a - b).abs().max() / b.abs().max().clamp(min=1e-6)).item() for a, b in pairs)
+    floors = 1e-2, 1e-6, 1e-6       # a loss near zero, as BPO's on its reference, is rounding; its gradients are not
+    worst = max(((a - b).abs().max() / b.abs().max().clamp(min=floor)).item() for (a, b), floor in zip(pairs, floors))
     exact = policy[0].dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(policy[0].device.type)
     return None if worst < (1e-3 if exact else 5e-2) else f"loss or gradients differ by {worst:.1g} of the largest"
 

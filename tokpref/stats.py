@@ -174,6 +174,7 @@ def _model_inputs(base: nn.Module, batch: dict) -> dict:
 
 _log = logging.getLogger(__name__)
 _split_is_safe: "weakref.WeakKeyDictionary[nn.Module, bool]" = weakref.WeakKeyDictionary()
+_told: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
 
 
 def _scores_agree(head: Head, hidden: Tensor, own: Tensor) -> bool:
@@ -194,7 +195,9 @@ def _features(model: nn.Module, batch: dict, positions: tuple[Tensor, Tensor]) -
         hidden = caught[-1][:, -length:] if caught else None
         if base not in _split_is_safe: _split_is_safe[base] = hidden is not None and _scores_agree(head, hidden, own)
         if _split_is_safe[base]: return hidden[rows, columns], head, None
-    _log.warning("%s: the output head can't be split off safely; full logits are used, which takes more memory", type(base).__name__)
+    if base not in _told:
+        _told.add(base)
+        _log.warning("%s: the output head can't be split off safely; full logits are used, which takes more memory", type(base).__name__)
     out = model(**inputs, output_hidden_states=True)
     return out.hidden_states[-1][:, -length:][rows, columns], None, out.logits[:, -length:][rows, columns]
 
