@@ -254,6 +254,15 @@ def test_policy_and_reference_are_measured_in_the_arithmetic_of_the_training(tmp
         assert seen[-2:] == [kind, kind]
 
 
+def test_a_policy_that_did_not_move_has_no_kl_in_mixed_precision(tmp_path, monkeypatch):
+    "Trained under autocast at no learning rate: every pair is a tie, and the SeqKLs are zero and not rounding."
+    task = find_task("toy")
+    mixed = replace(task, prepare=lambda *args: replace(task.prepare(*args), arguments={"bf16": True, "use_cpu": True}))
+    monkeypatch.setitem(TASKS, "toy", mixed)
+    record = compare("toy", "smoke", {"still": LossRun("dpo", learning_rate=1e-30)}, out=tmp_path, overrides=QUICK, progress=False)
+    assert all(point.get(name, 0.0) == 0.0 for point in record["runs"][0]["history"] for name in ("accuracy", "kl_chosen", "kl_rejected"))
+
+
 def test_an_adapter_needs_no_second_model(tmp_path):
     config = replace(find_task("toy").configure("smoke")[1], **QUICK)
     shared = harness._Seed(find_task("toy"), config, tmp_path, 0, False)
