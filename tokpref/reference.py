@@ -62,10 +62,11 @@ def data_digest(dataset: Dataset) -> str:
 
 
 def model_digest(model: nn.Module) -> str:
-    "Hex digest of the weights and the configuration of a model; adapters don't count. Raises `ValueError` for sharded weights."
+    "Hex digest of weights and configuration; an adapter that is switched off doesn't count. Raises `ValueError` for sharded weights."
     policy = extract_model_from_parallel(model, keep_fp32_wrapper=True)
-    adapter = getattr(getattr(policy, "base_model", None), "prefix", None)
     base = base_model(model)
+    on = any(getattr(module, "disable_adapters", None) is False for module in base.modules())
+    adapter = None if on else getattr(getattr(policy, "base_model", None), "prefix", None)
     settings = {name: value for name, value in base.config.to_dict().items() if not name.startswith("_") and name != "transformers_version"}
     digest = hashlib.blake2b(json.dumps(settings, sort_keys=True, default=str).encode(), digest_size=16)
     for name, weight in base.state_dict().items():
@@ -88,6 +89,12 @@ def _save(path: Path, dataset: Dataset, about: dict[str, str]) -> None:
     draft.replace(path)
 
 
+def _autocast_dtype(model: nn.Module) -> str:
+    "What autocast computes in on the model's device, such as `bfloat16`; empty where it is off and the weights decide."
+    kind = next(model.parameters()).device.type
+    return str(torch.get_autocast_dtype(kind)).removeprefix("torch.") if torch.is_autocast_enabled(kind) else ""
+
+
 def _read(path: Path, dataset: Dataset) -> Dataset:
     try:
         with safe_open(path, "pt") as file: flat = {side: file.get_tensor(side) for side in _SIDES}
@@ -108,12 +115,13 @@ def cached_ref_logps(
     batch_size: int = 8,                    # pairs per batch
     process: tuple[int, int] = (0, 1),      # index of this process, number of processes
 ) -> Dataset:                               # with columns chosen_ref_logps and rejected_ref_logps
-    """As `add_ref_logps`, read from `folder` if this model has scored these tokens before.
+    """As `add_ref_logps`, read from `folder` if this model has scored these tokens before in the same precision, that of autocast.
 
     Raises `ValueError` for a file that is damaged or does not fit its rows, and for a model whose weights are sharded.
     """
-    about = {"model": model_digest(ref_model), "data": data_digest(dataset), "rows": str(len(dataset))}
-    path = Path(folder) / f"ref-logps-{about['model'][:16]}-{about['data'][:16]}.safetensors"
+    precision = _autocast_dtype(ref_model)
+    about = {"model": model_digest(ref_model), "data": data_digest(dataset), "rows": str(len(dataset)), "precision": precision or "weights"}
+    path = Path(folder) / f"ref-logps-{about['model'][:16]}-{about['data'][:16]}{precision and '-' + precision}.safetensors"
     there = [path.exists()] if process[1] == 1 else gather_object([path.exists()])
     if all(there):
         _log.info("reference log-probs read from %s", path.name)
