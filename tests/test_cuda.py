@@ -180,7 +180,7 @@ PAIRS = [{"prompt": f"say {word} ", "chosen": word + "!", "rejected": other + ",
 def trained(model, tokenizer, folder, resume=None, **changes):
     "A trainer after its steps."
     options = dict(beta=0.5, learning_rate=1e-2, optim="sgd", max_steps=4, per_device_train_batch_size=4, seed=0, report_to="none", disable_tqdm=True,
-                   save_strategy="no", baseline_width=8, use_cpu=DEVICE.type == "cpu")
+                   save_strategy="no", use_cpu=DEVICE.type == "cpu", **({"baseline_width": 8} if changes.get("loss") == "tbpo_q" else {}))
     trainer = PreferenceTrainer(copy.deepcopy(model), PreferenceConfig(output_dir=str(folder), **{**options, **changes}), PAIRS, PAIRS[:5], processing_class=tokenizer)
     trainer.train(resume_from_checkpoint=resume)
     assert next(trainer.model.parameters()).device.type == DEVICE.type

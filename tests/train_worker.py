@@ -27,7 +27,7 @@ def train(**changes) -> dict:
                                          num_attention_heads=2, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2))
     args = PreferenceConfig(output_dir=tempfile.mkdtemp(), beta=0.5, learning_rate=1e-2, optim="sgd", max_steps=4, seed=0, use_cpu=True,
                             per_device_train_batch_size=batch_size, per_device_eval_batch_size=2, gradient_accumulation_steps=2,
-                            report_to="none", save_strategy="no", disable_tqdm=True, baseline_width=8, baseline_learning_rate=0.1, **changes)
+                            report_to="none", save_strategy="no", disable_tqdm=True, **changes)
     trainer = PreferenceTrainer(model, args, pairs, pairs[:5], processing_class=tokenizer)
     trainer.train()
     result = trainer.evaluate()
@@ -38,5 +38,8 @@ def train(**changes) -> dict:
     return weights | {name: torch.tensor(result[name]) for name in ("eval_loss", "eval_rewards/margins", "eval_kl/chosen") if name in result}
 
 
-runs = {"tdpo2": train(loss="tdpo2"), "tbpo_q": train(loss="tbpo_q"), "precomputed": train(loss="dpo", precompute_ref_logps=True)}
+tbpo_q = dict(loss="tbpo_q", baseline_width=8, baseline_learning_rate=0.1)
+budget = dict(tbpo_q, token_budget=18)      # with which the two processes take different numbers of passes
+runs = {"tdpo2": train(loss="tdpo2"), "tbpo_q": train(**tbpo_q), "budget": train(**budget),
+        "precomputed": train(loss="dpo", precompute_ref_logps=True)}
 if int(os.environ.get("RANK", 0)) == 0: torch.save(runs, out)

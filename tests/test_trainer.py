@@ -1,0 +1,250 @@
+"""What the trainer says before the first step, and what it computes where precision, adapters and precomputed numbers meet."""
+import copy
+import logging
+
+import pytest
+import torch
+from datasets import Dataset, DatasetDict
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from torch.testing import assert_close
+from transformers import BloomConfig, BloomForCausalLM, OPTConfig, OPTForCausalLM, TrainingArguments
+
+from tokpref import LOSSES, PreferenceConfig, PreferenceTrainer, prepare
+from tokpref.losses.types import LossSpec, PairLoss
+from tokpref.trainer import disable_dropout, load_baseline_head, model_card
+
+PAIRS = [{"prompt": f"say {word} ", "chosen": word + "!", "rejected": other + ", never"}
+         for word in ("yes", "no") for other in ("maybe", "but", "go")]
+
+
+@pytest.fixture
+def make(model, tokenizer, tmp_path):
+    "A trainer on a copy of the tiny model and six pairs; what belongs to the trainer itself goes by `trainer=`."
+    def make(trainer=None, **settings):
+        common = dict(output_dir=str(tmp_path / "out"), report_to="none", disable_tqdm=True, use_cpu=True, save_strategy="no", max_steps=1,
+                      per_device_train_batch_size=6, per_device_eval_batch_size=6)
+        options = dict(model=copy.deepcopy(model), train_dataset=PAIRS, processing_class=tokenizer) | (trainer or {})
+        return PreferenceTrainer(args=PreferenceConfig(**{**common, **settings}), **options)
+    return make
+
+
+def shifted(model: nn.Module, by: float = 0.1) -> nn.Module:
+    "A copy whose weights are a little different."
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for p in other.parameters(): p.add_(by * torch.randn_like(p))
+    return other
+
+
+def adapted(model: nn.Module) -> PeftModel:
+    "A copy with an adapter that is not zero."
+    config = LoraConfig(r=2, target_modules=["c_attn"], init_lora_weights=False, fan_in_fan_out=True, task_type="CAUSAL_LM")
+    return get_peft_model(copy.deepcopy(model), config)
+
+
+# Loading
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_by_name_is_loaded_in_float32(make, model, tmp_path, dtype):
+    for part in ("policy", "reference"): copy.deepcopy(model).to(dtype).save_pretrained(tmp_path / part)
+    trainer = make(dict(model=str(tmp_path / "policy"), ref_model=str(tmp_path / "reference")))
+    assert {p.dtype for m in (trainer.model, trainer.ref_model) for p in m.parameters()} == {torch.float32}
+    trainer.train()
+
+
+def test_an_adapter_by_name_can_be_trained(make, model, tmp_path):
+    model.save_pretrained(tmp_path / "base")
+    adapter = adapted(model)
+    adapter.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    adapter.save_pretrained(tmp_path / "adapter")
+    trainer = make(dict(model=str(tmp_path / "adapter")))
+    assert isinstance(trainer.model, PeftModel) and trainer.ref_model is None
+    before = [p.clone() for p in trainer.model.parameters() if p.requires_grad]
+    trainer.train()
+    assert any((a != b).any() for a, b in zip(before, (p for p in trainer.model.parameters() if p.requires_grad), strict=True))
+
+
+def test_a_model_without_trainable_weights_is_refused(make, model):
+    with pytest.raises(ValueError, match="no weight of the model is trainable: load the adapter with is_trainable=True, or pass peft_config"):
+        make(dict(model=copy.deepcopy(model).requires_grad_(False)))
+    make(dict(model=copy.deepcopy(model).requires_grad_(False), peft_config=LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True)))
+
+
+def test_dropout_is_off_wherever_a_model_keeps_it():
+    opt = OPTForCausalLM(OPTConfig(vocab_size=64, hidden_size=16, ffn_dim=16, num_hidden_layers=1, num_attention_heads=2, word_embed_proj_dim=16,
+                                   max_position_embeddings=32, dropout=0.5, attention_dropout=0.5, layerdrop=0.5))
+    bloom = BloomForCausalLM(BloomConfig(vocab_size=64, hidden_size=16, n_layer=1, n_head=2, hidden_dropout=0.5, attention_dropout=0.5))
+    other = nn.ModuleList([nn.Dropout1d(0.5), nn.AlphaDropout(0.5), nn.LSTM(2, 2, 2, dropout=0.5)])
+    ids = torch.arange(12)[None]
+    for model in (opt, bloom):
+        disable_dropout(model.train())
+        assert_close(model(ids).logits, model(ids).logits, rtol=0, atol=0)
+    disable_dropout(other)
+    assert other[0].p == other[1].p == other[2].dropout == 0
+
+
+# The reference
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_precomputed_log_probs_have_the_precision_of_the_run(make, tmp_path, cached):
+    cache = dict(ref_cache=str(tmp_path / "cache")) if cached else {}
+    for bf16 in (False, True):
+        trainer = make(dict(eval_dataset=PAIRS), loss="dpo", beta=1.0, bf16=bf16, precompute_ref_logps=True, **cache)
+        assert trainer.evaluate()["eval_rewards/margins"] == pytest.approx(0, abs=1e-6)
+    if cached: assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+def test_a_precomputed_reference_is_the_one_that_was_given(make, model):
+    given = dict(model=adapted(model), ref_model=shifted(model), eval_dataset=PAIRS)
+    live, stored = (make({**given, "model": copy.deepcopy(given["model"])}, precompute_ref_logps=on).evaluate() for on in (False, True))
+    for name in ("eval_loss", "eval_rewards/chosen", "eval_rewards/rejected"): assert stored[name] == pytest.approx(live[name], abs=1e-5)
+    assert "eval_kl/chosen" in live and "eval_kl/chosen" not in stored
+
+
+def test_a_cache_tells_references_apart_that_differ_in_their_adapter(make, model, tmp_path):
+    first, second = adapted(model), adapted(model)
+    numbers = lambda ref_model, **cache: make(dict(ref_model=ref_model), precompute_ref_logps=True, **cache).train_dataset["chosen_ref_logps"][0]
+    cache = dict(ref_cache=str(tmp_path / "cache"))
+    assert numbers(first, **cache) == numbers(first) != numbers(second) == numbers(second, **cache)
+    assert numbers(None, **cache) == numbers(None) and len(list((tmp_path / "cache").iterdir())) == 3
+    for policy in (adapted(model), adapted(model)):      # switched off they are one reference, which is scored once
+        assert make(dict(model=policy), precompute_ref_logps=True, **cache).train_dataset["chosen_ref_logps"][0] == numbers(None)
+    assert len(list((tmp_path / "cache").iterdir())) <= 4
+
+
+def test_rows_without_the_numbers_of_a_reference_that_is_gone_are_refused(make, model):
+    for policy in (model, adapted(model)):
+        trainer = make(dict(model=policy, ref_model=shifted(model)), precompute_ref_logps=True)
+        with pytest.raises(ValueError, match="precompute_ref_logps has let go of the reference: .*eval_dataset"): trainer.evaluate(PAIRS)
+    assert make(dict(model=adapted(model)), precompute_ref_logps=True).evaluate(PAIRS)["eval_kl/chosen"] > 0
+
+
+@pytest.mark.parametrize("settings", [dict(loss="simpo"), dict(loss="dpo", precompute_ref_logps=True)])
+def test_entropy_is_measured_without_a_reference(make, settings):
+    result = make(dict(eval_dataset=PAIRS), **settings).evaluate()
+    assert result["eval_entropy"] > 0 and "eval_kl/chosen" not in result
+    assert "eval_entropy" not in make(dict(eval_dataset=PAIRS), eval_kl=False, **settings).evaluate()
+
+
+# Data
+
+def test_sequences_longer_than_the_model_are_refused(make, model, tokenizer, tmp_path):
+    long = [*PAIRS, {"prompt": "say " * 40, "chosen": "yes", "rejected": "no"}]
+    wrong = "row 6 has 16. tokens, but the model has 128 positions: set max_length to at most 128"
+    with pytest.raises(ValueError, match=f"train: {wrong}"): make(dict(train_dataset=long))
+    with pytest.raises(ValueError, match=f"eval/long: {wrong}"): make(dict(eval_dataset={"long": long}))
+    with pytest.raises(ValueError, match=f"train: {wrong}"): make(dict(train_dataset=prepare(long, tokenizer)[0]))
+    with pytest.raises(ValueError, match=wrong): make().evaluate(long)
+    make(dict(train_dataset=long, eval_dataset=long), max_length=128).train()
+
+
+def test_rows_that_are_lost_or_cut_are_told(make, caplog):
+    bad = [*PAIRS, {"prompt": "a", "chosen": "b", "rejected": "b"}, {"prompt": "a", "chosen": "b", "rejected": ""}]
+    with caplog.at_level(logging.WARNING, "tokpref.trainer"): make(dict(train_dataset=bad), max_length=12)
+    said = " ".join(caplog.messages)
+    assert "train: 2 of 8 pairs dropped" in said and "cut" in said and "trainer.reports['train']" in said
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "tokpref.trainer"): make()
+    assert not caplog.messages
+
+
+def test_datasets_are_taken_in_every_form(make, model, tokenizer):
+    rows = prepare(PAIRS, tokenizer)[0]
+    trainer = make(dict(train_dataset=list(rows), eval_dataset=PAIRS))
+    expected = trainer.evaluate()["eval_loss"]
+    for data in (PAIRS, Dataset.from_list(PAIRS), rows, list(rows)):
+        assert trainer.evaluate(data)["eval_loss"] == pytest.approx(expected)
+        assert trainer.predict(data).metrics["test_loss"] == pytest.approx(expected)
+    assert trainer.evaluate(DatasetDict(a=rows))["eval_a_loss"] == pytest.approx(expected)
+    make(dict(train_dataset=list(rows)), precompute_ref_logps=True).train()
+    with pytest.raises(TypeError, match=r"train_dataset holds several datasets \(train, test\): choose one"):
+        make(dict(train_dataset=DatasetDict(train=rows, test=rows)))
+
+
+def test_arguments_of_the_chat_template_reach_it(make, tokenizer):
+    talk = lambda text, role="assistant": [{"role": role, "content": text}]
+    rows = [{"prompt": talk(p["prompt"], "user"), "chosen": talk(p["chosen"]), "rejected": talk(p["rejected"])} for p in PAIRS]
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = ("{% for m in messages %}{% if m.role == 'assistant' %}{{ header }}{% endif %}{{ m.content }}{% endfor %}"
+                               "{% if add_generation_prompt %}{{ header }}{% endif %}")
+    for given in ({"header": "so: "}, '{"header": "so: "}'):
+        trainer = make(dict(train_dataset=rows, processing_class=tokenizer), chat_template_kwargs=given)
+        assert tokenizer.decode(trainer.train_dataset[0]["prompt_ids"]).replace(" ", "") == "sayyesso:"
+    with pytest.raises(ValueError, match="chat_template_kwargs .* JSON"): make(chat_template_kwargs="enable_thinking")
+
+
+# Arguments
+
+@pytest.mark.parametrize("settings, said", [
+    (dict(label_smoothing_factor=0.1), "label_smoothing_factor would be ignored: .*loss_options"),
+    (dict(baseline_width=8), "baseline_width would be ignored: 'dpo' has no baseline"),
+    (dict(baseline_learning_rate=0.1), "baseline_learning_rate would be ignored: 'dpo' has no baseline"),
+    (dict(beta=0.1, loss_options={"beta": 0.2}), "beta is given twice"),
+    (dict(remove_unused_columns=True), "remove_unused_columns=True would remove .*leave it out"),
+    (dict(loss_options="window=4"), "loss_options .* JSON"),
+    (dict(loss_options=[1]), "loss_options"),
+])
+def test_a_setting_without_effect_is_refused(tmp_path, settings, said):
+    with pytest.raises(ValueError, match=said): PreferenceConfig(output_dir=str(tmp_path), **settings)
+
+
+@pytest.mark.parametrize("name", ["compute_metrics", "compute_loss_func", "preprocess_logits_for_metrics"])
+def test_a_function_that_would_never_be_called_is_refused(make, name):
+    with pytest.raises(ValueError, match=f"{name} would never be called"): make({name: lambda *_: {}})
+
+
+def test_arguments_of_another_kind_are_refused(model, tokenizer, tmp_path):
+    with pytest.raises(TypeError, match="args must be a PreferenceConfig, got TrainingArguments"):
+        PreferenceTrainer(model, TrainingArguments(output_dir=str(tmp_path)), PAIRS, processing_class=tokenizer)
+
+
+def test_one_process_with_two_gpus_is_refused(make, monkeypatch):
+    monkeypatch.setattr(PreferenceConfig, "n_gpu", 2)
+    with pytest.raises(ValueError, match="one process sees 2 GPUs: start with torchrun --nproc-per-node 2, or set CUDA_VISIBLE_DEVICES=0"): make()
+
+
+def _centred(chosen, rejected, beta=0.1):
+    margin = chosen.log_ratio.sum(-1) - rejected.log_ratio.sum(-1)
+    return PairLoss(-beta * (margin - margin.mean()).square(), margin.detach(), -margin.detach())
+
+
+def test_a_token_budget_is_refused_only_where_it_changes_the_loss(make, monkeypatch, model):
+    monkeypatch.setitem(LOSSES, "centred", LossSpec(_centred, source="here"))
+    with pytest.raises(ValueError, match="token_budget would change the loss: 'centred' of a pair depends on the other pairs"):
+        make(loss="centred", one_pass=False, token_budget=64)
+    for name in LOSSES:
+        if name != "centred": make(loss=name, loss_options={"window": 2} if name == "adpo" else None, token_budget=64)
+    head = LoraConfig(r=2, target_modules=["lm_head"], task_type="CAUSAL_LM")
+    untied = type(model)(type(model.config)(**{**model.config.to_dict(), "tie_word_embeddings": False}))
+    make(dict(model=untied, peft_config=head), token_budget=32).train()
+
+
+# After training
+
+def test_the_card_says_how_far_training_went(make):
+    trainer = make(max_steps=3, num_train_epochs=7.0, per_device_train_batch_size=2)
+    trainer.train()
+    card = model_card(trainer)
+    assert "| steps | 3 |" in card and "| epochs | 1 |" in card
+
+
+def test_a_broken_run_names_a_checkpoint_from_before_it_broke(make, tmp_path):
+    step = dict(learning_rate=1e30, max_grad_norm=0.0, max_steps=3)
+    with pytest.raises(FloatingPointError, match="no checkpoint has been saved yet"): make(**step).train()
+    with pytest.raises(FloatingPointError, match="no checkpoint is older than the last update: start again"):
+        make(save_strategy="steps", save_steps=1, **step).train()
+    (tmp_path / "out" / "checkpoint-best").mkdir()
+    trainer = make()
+    for now, said in ((1, "no checkpoint is older"), (2, "go on from checkpoint-1$"), (9, "go on from checkpoint-1$")):
+        trainer.state.global_step = now
+        with pytest.raises(FloatingPointError, match=said): raise FloatingPointError(trainer._diagnosis([0]))
+
+
+@pytest.mark.parametrize("width", [0, 8])
+def test_a_saved_baseline_head_is_read_back(make, tmp_path, width):
+    trainer = make(loss="tbpo_q", baseline_width=width, max_steps=2, baseline_learning_rate=0.1)
+    trainer.train()
+    trainer.save_model(tmp_path / "saved")
+    assert_close(load_baseline_head(tmp_path / "saved").state_dict(), trainer.baseline_head.state_dict())
+    with pytest.raises(FileNotFoundError, match="baseline_head.safetensors"): load_baseline_head(tmp_path)
