@@ -333,7 +333,7 @@ def best_of_n(
 ) -> list[dict[str, float]]:        # one dict a size: n, kl_bound (nats), reward
     """Expected reward of the best of n reference samples, unbiased from N ≥ n, and the upper bound log n − (n−1)/n of its KL.
 
-    The bound is the KL itself only if rewards have no ties. Source: arXiv 2401.01879. Raises `ValueError` for n outside 1..N.
+    The bound is the KL itself only where no two samples tie; a response drawn twice does. Source: arXiv 2401.01879. Raises `ValueError` for n outside 1..N.
     """
     ordered = torch.as_tensor(rewards).double().sort(-1).values
     if ordered.ndim != 2 or ordered.numel() == 0: raise ValueError(f"best_of_n: rewards must be [prompts, N], got {tuple(ordered.shape)}")
@@ -535,7 +535,7 @@ def win_rate(
     prompts: Sequence,              # [N]
     judge: Callable,                # (prompts, first, second) -> [N] 1 if the first is better, 0 if the second is, or between; None: no answer
 ) -> WinRate:
-    """How often a judge prefers the candidate (2305.18290, section 6), both orders asked, (j(c, r) + 1 − j(r, c))/2 a prompt.
+    """How often a judge prefers the candidate, both orders asked (2305.18290 asks for one, at random): (j(c, r) + 1 − j(r, c))/2 a prompt.
 
     The judge is called once, with both orders of all pairs. Raises `ValueError` for empty lists, lists of different lengths, a verdict
     that is none, and a judge without a single readable answer.
