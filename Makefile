@@ -72,8 +72,8 @@ gpu:  ## on a machine with a GPU and a Python of its own: tests, benchmark, expe
 gpu-data: $(VENV)/.base  ## fill .gpu/ with the data and the small packages that such a machine may lack
 	$(BIN)/python tools/gpu.py --carry $(GPU)
 
-clean:  ## remove what these commands made (the environments too)
-	rm -rf .venv .venv-min _proc _docs _site build dist *.egg-info .pytest_cache .ruff_cache
+clean:  ## remove what these commands made (the environments and their runs too; models of your own in runs/ stay)
+	rm -rf .venv .venv-min _proc _docs _site build dist *.egg-info .pytest_cache .ruff_cache runs/toy-demo runs/gpu-*
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:

@@ -1,9 +1,13 @@
 """Comparisons end to end: they continue where they stopped, mix nothing, say what they were made with, and measure what they claim."""
 import copy
+import functools
+import importlib
+import inspect
 import json
 import math
 import os
 import socket
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +22,7 @@ from tokpref.experiments import compare as harness
 from tokpref.experiments import scratch, sentiment, toy
 from tokpref.experiments.compare import (TASKS, VARIANTS, LossRun, RunConfig, compare, comparison_figure, comparison_table, find_task,
                                          resolve_losses, summarise)
-from tokpref.losses import LOSSES
+from tokpref.losses import LOSSES, LossSpec
 
 QUICK = {"steps": 3, "eval_steps": 2, "pretrain_steps": 10, "pairs": 64, "eval_pairs": 16, "letters": 3}
 
@@ -76,6 +80,49 @@ def test_changed_settings_are_never_mixed(tmp_path, monkeypatch):
     assert len({run["runs"][0]["metrics"]["reward"] for run in (first, changed, harder)}) == 3
     monkeypatch.setattr(harness, "train_one", None)     # from here on nothing may be trained
     assert run_toy(tmp_path, ["dpo"])["runs"] == first["runs"]
+
+
+def own_loss(folder, factor):
+    "A module with a loss, and one that it uses, written and imported (anew)."
+    (folder / "halves_of_this_test.py").write_text(f"def scaled(x): return {factor} * x\n")
+    (folder / "loss_of_this_test.py").write_text("from halves_of_this_test import scaled\nfrom tokpref import PairLoss, dpo_loss\n\n\n"
+        "def loss(chosen, rejected, beta=0.1):\n    out = dpo_loss(chosen, rejected, beta)\n"
+        "    return PairLoss(scaled(out.losses), out.chosen_rewards, out.rejected_rewards)\n")
+    for name in ("loss_of_this_test", "halves_of_this_test"): sys.modules.pop(name, None)
+    importlib.invalidate_caches()
+    return LossSpec(importlib.import_module("loss_of_this_test").loss, "this test")
+
+
+def test_an_edited_loss_is_trained_anew_and_the_others_are_read(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    real, calls = harness.train_one, []
+    monkeypatch.setattr(harness, "train_one", functools.wraps(real)(lambda *args: calls.append(args[3].loss) or real(*args)))
+    run = lambda **more: compare("toy", "smoke", losses=["dpo", "mine"], out=tmp_path / "runs", overrides={**QUICK, "max_grad_norm": 0.0}, **more)
+    records = []
+    for factor in (1.0, 1.0, 5.0):
+        monkeypatch.setitem(LOSSES, "mine", own_loss(tmp_path, factor))
+        records.append(run(progress=False))
+    assert calls == ["dpo", "mine", "mine"] and records[0]["runs"] == records[1]["runs"] and records[2]["runs"][0] == records[0]["runs"][0]
+    assert records[2]["runs"][1]["metrics"] != records[0]["runs"][1]["metrics"]
+    run(progress=True)
+    assert "2 of 2 runs read from" in capsys.readouterr().err
+    monkeypatch.setattr(harness, "versions", lambda: {"tokpref": "another"})
+    run(progress=False)
+    assert calls == ["dpo", "mine", "mine", "dpo", "mine"]
+
+
+def test_what_a_run_is_made_of(monkeypatch):
+    "The trainer, the engine and the task, down to what they use; of the losses only its own; nothing that draws or prints."
+    read, behind = [], lambda *functions: read.clear() or harness._code_behind(*functions)
+    real = inspect.getsource
+    monkeypatch.setattr(inspect, "getsource", lambda part: read.append(part.__name__.removeprefix("tokpref.")) or real(part))
+    task = find_task("sentiment")
+    behind(harness.train_one, task.prepare, LOSSES["tbpo_q"].fn)
+    assert {"losses.tbpo", "losses.bregman", "losses.types", "trainer", "engine", "scores", "packing", "stats", "data", "reference", "evaluation",
+            "experiments.compare", "experiments.sentiment", "experiments.scratch"} <= set(read)
+    assert not {"losses.dpo", "losses.tdpo", "plots", "cli", "experiments.toy"} & set(read)
+    assert behind(LOSSES["dpo"].fn) == behind(functools.partial(LOSSES["dpo"].fn, beta=2.0)) and set(read) == {"losses.dpo", "losses.types"}
 
 
 def test_same_seed_same_numbers(tmp_path):

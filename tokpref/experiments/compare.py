@@ -12,21 +12,26 @@ __all__ = ['VARIANTS', 'BASELINES', 'TASKS', 'LossRun', 'Baseline', 'RunConfig',
 # %% ../../nbs/experiments/30_compare.ipynb #7e1efb15
 import contextlib
 import copy
+import dis
 import functools
 import gc
 import hashlib
 import importlib
 import importlib.metadata
+import inspect
 import json
 import logging
 import os
 import platform
 import re
 import shutil
+import sys
+import sysconfig
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
+from types import CodeType, ModuleType
 
 import datasets
 import numpy as np
@@ -379,6 +384,7 @@ class _Seed:
     folder: Path
     seed: int
     progress: bool
+    code: dict = field(default_factory=dict)    # label -> fingerprint of what makes its numbers
 
     @functools.cached_property
     def problem(self) -> Problem:
@@ -399,12 +405,84 @@ class _Seed:
         with _arithmetic(self.reference, self.problem): metrics = self.problem.evaluate(self.reference)
         return metrics if "accuracy" in metrics else {**metrics, "kl_chosen": 0.0, "kl_rejected": 0.0}
 
+# %% ../../nbs/experiments/30_compare.ipynb #593b11e4
+def _unit(value):
+    "Where the text of a value is: a module of this package or of the reader's; in a notebook the function or class itself; None for all other."
+    if isinstance(value, functools.partial): value = value.func
+    home = value if isinstance(value, ModuleType) else sys.modules.get(str(getattr(value, "__module__", None)))
+    if home is None or (home is value and hasattr(home, "__path__")): return None       # what a package holds depends on who imported what
+    if file := getattr(home, "__file__", None):
+        theirs = Path(file).is_relative_to(sysconfig.get_path("stdlib")) or {"site-packages", "dist-packages"} & set(Path(file).parts)
+        return None if theirs and not home.__name__.startswith("tokpref.") else home
+    if home.__name__ != "__main__": return None
+    return value if inspect.isfunction(value) or inspect.isclass(value) else type(value)
+
+
+def _looked_up(code: CodeType) -> Iterator[str]:
+    "Names of globals in a function's code and in that of functions inside it."
+    yield from (step.argval for step in dis.get_instructions(code) if step.opname == "LOAD_GLOBAL")
+    for part in code.co_consts:
+        if isinstance(part, CodeType): yield from _looked_up(part)
+
+
+def _functions(unit) -> list:
+    "The functions of a class, or the function itself."
+    return [f for f in (vars(unit).values() if inspect.isclass(unit) else [unit]) if inspect.isfunction(f)]
+
+
+def _uses(unit) -> dict:
+    "What a module holds, or what a function or class of a notebook looks up, by name."
+    if isinstance(unit, ModuleType): return vars(unit)
+    return {name: f.__globals__[name] for f in _functions(unit) for name in _looked_up(f.__code__) if name in f.__globals__}
+
+# %% ../../nbs/experiments/30_compare.ipynb #a037676b
+def _is_loss(name: str) -> bool: return name.startswith("tokpref.losses.") and name != "tokpref.losses.types"
+
+
+def _source(part) -> str:
+    "The source of a module or function; empty where there is none to read."
+    try: return inspect.getsource(part)
+    except (OSError, TypeError): return ""
+
+
+def _text(unit) -> list:
+    "The source of a unit and, in a notebook, the numbers and words that it looks up."
+    if isinstance(unit, ModuleType): return [_source(unit)]
+    return [*map(_source, _functions(unit)), {name: v for name, v in _uses(unit).items() if isinstance(v, (int, float, str, tuple))}]
+
+
+def _code_behind(*functions: Callable) -> str:
+    "Fingerprint of the text of functions, of all that they use, and of the versions."
+    found, todo = {}, [_unit(f) for f in functions]
+    while todo:
+        if (unit := todo.pop()) is None or unit.__name__ in found: continue
+        found[unit.__name__] = _text(unit)
+        used = [other for other in map(_unit, list(_uses(unit).values())) if other is not None]
+        shared = unit.__name__.startswith("tokpref.") and not _is_loss(unit.__name__)
+        todo += [other for other in used if not (shared and _is_loss(other.__name__))]
+    return fingerprint([versions(), found])
+
+
+def _code_of_runs(task: Task, runs: dict[str, LossRun]) -> dict[str, str]:
+    "For each label what its numbers are made by."
+    made_by = lambda name: BASELINES[name].train if name in BASELINES else LOSSES[name].fn
+    return {label: _code_behind(train_one, task.prepare, made_by(run.loss)) for label, run in runs.items()}
+
 # %% ../../nbs/experiments/30_compare.ipynb #9f1fb227
+def _say_kept(paths: list[Path], progress: bool) -> None:
+    "A line on how many of these runs are there already."
+    kept = [path for path in paths if path.exists()]
+    if not kept: return
+    line = f"{len(kept)} of {len(paths)} runs read from {kept[0].parent}: made earlier with the same settings, code and versions"
+    _log.info(line)
+    if progress: tqdm.write(line, file=sys.stderr)
+
+
 def _run_path(shared: _Seed, label: str, run: LossRun) -> Path:
     "Where a finished run is kept."
     skip = ("losses", "seeds", "tuning", "sweep", "learning_rate")
     settings = {k: v for k, v in asdict(shared.config).items() if k not in skip}
-    key = fingerprint([shared.task.name, settings, asdict(run), shared.seed])
+    key = fingerprint([shared.task.name, settings, asdict(run), shared.seed, shared.code.get(label)])
     return shared.folder / "runs" / f"{re.sub(r'[^A-Za-z0-9._-]+', '_', label)}-seed{shared.seed}-{key}.json"
 
 
@@ -457,16 +535,19 @@ def compare(
 ) -> dict:                                  # the record, also in <out>/comparison.json
     """Train every loss from the same start on the same pairs, and measure reward against KL.
 
-    The protocol of figure 2 in arXiv:2305.18290 and figure 3 in arXiv:2404.11999. A comparison that was stopped continues where it stopped.
-    Raises `ValueError` for an unknown task, profile, loss or setting before anything runs.
+    The protocol of figure 2 in arXiv:2305.18290 and figure 3 in arXiv:2404.11999. A comparison that was stopped continues where it stopped;
+    how many runs were there already, of the same settings, code and versions, is logged and, with the bars, said. Raises `ValueError` for an
+    unknown task, profile, loss or setting before anything runs.
     """
     found = find_task(task)
     profile, config = found.configure(profile, overrides)
     runs, seeds = resolve_losses(losses, config), tuple(config.seeds if seeds is None else seeds)
     folder, results, first = Path(out or f"runs/{task}-{profile}"), [], None
+    seed_of = functools.partial(_Seed, found, config, folder, progress=progress, code=_code_of_runs(found, runs))
+    _say_kept([_run_path(seed_of(seed), label, run) for seed in seeds for label, run in runs.items()], progress)
     with tqdm(total=len(runs) * len(seeds), desc=task, unit="run", disable=not progress) as outer:
         for seed in seeds:
-            shared = _Seed(found, config, folder, seed, progress)
+            shared = seed_of(seed)
             results += _run_all(shared, runs, outer)
             first = first or (shared.problem, shared.start)
     problem, start = first
