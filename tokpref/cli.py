@@ -11,6 +11,7 @@ import argparse
 import json
 import logging
 import os
+import re
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -21,25 +22,36 @@ from . import __version__
 from .losses import LOSSES
 from .losses.types import nearest
 
-# %% ../nbs/library/24_cli.ipynb #97e31d0b
+# %% ../nbs/library/24_cli.ipynb #fc6ebfbb
+class _Yaml(yaml.SafeLoader):
+    "YAML in which 3e-4 is a number too."
+
+
+_Yaml.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789"))
+
+
 def read_yaml(text: str):
     "What YAML reads, except that 3e-4, which YAML takes for text, is a number."
-    def mend(value):
-        if isinstance(value, dict): return {k: mend(v) for k, v in value.items()}
-        if not isinstance(value, str): return value
-        try: return float(value)
-        except ValueError: return value
-    return mend(yaml.safe_load(text))
+    return yaml.load(text, _Yaml)
 
 
 def parse_settings(pairs: list[str]) -> dict:
-    "['a=1', 'b=x'] as {'a': 1, 'b': 'x'}. Raises `ValueError` for an item without a name."
+    "['a=1', 'b=x'] as {'a': 1, 'b': 'x'}. Raises `ValueError` for an item without a name, or with a value that is not YAML."
     settings = {}
     for pair in pairs:
         name, equals, text = pair.partition("=")
         if not (name and equals): raise ValueError(f"--set takes name=value, got {pair!r}")
-        settings[name.strip().replace("-", "_")] = read_yaml(text)
+        try: settings[name.strip().replace("-", "_")] = read_yaml(text)
+        except yaml.YAMLError: raise ValueError(f"--set takes name=value, the value as YAML, got {pair!r}") from None
     return settings
+
+
+def _options(flag: str, text: str | None) -> dict | None:
+    "The value of a flag that takes several options, such as '{window: 4}'."
+    try: value = read_yaml(text) if text else {}
+    except yaml.YAMLError: value = None
+    if not isinstance(value, dict): raise ValueError(f"{flag} takes names and values such as '{{window: 4}}', got {text!r}")
+    return value or None
 
 # %% ../nbs/library/24_cli.ipynb #514bdbc5
 def read_config(path: str | None) -> dict:
@@ -51,10 +63,19 @@ def read_config(path: str | None) -> dict:
     if not isinstance(content, dict): raise ValueError(f"{path} must hold lines like `loss: tdpo2`")
     return content
 
-# %% ../nbs/library/24_cli.ipynb #9bad539d
+# %% ../nbs/library/24_cli.ipynb #5d10bd6d
 def _add_source(parser: argparse.ArgumentParser, split: str) -> None:
     parser.add_argument("--data", help="hub id, loader name, folder, or .jsonl/.json/.parquet file; see `tokpref data --list`")
     parser.add_argument("--split", default=None, help=f"which split, or a slice such as 'train[:1000]' (default: {split})")
+    parser.add_argument("--config-name", help="configuration of a hub dataset that has several")
+    parser.add_argument("--data-dir", help="folder inside the dataset, such as harmless-base of Anthropic/hh-rlhf")
+    parser.add_argument("--as-messages", action="store_true", default=None, help="pairs of text as chat messages, for a model with a chat template")
+
+
+def _add_limits(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--max-length", type=int, default=1024, help="most tokens of prompt + response (default: 1024)")
+    parser.add_argument("--max-prompt-length", type=int, help="most tokens of the prompt (default: cut only when needed)")
+    parser.add_argument("--chat-template-kwargs", metavar="OPTIONS", help="more arguments of the chat template, such as '{enable_thinking: false}'")
 
 
 def _add_train(commands) -> None:
@@ -65,10 +86,10 @@ def _add_train(commands) -> None:
     p.add_argument("config", nargs="?", help="YAML file with any of the settings below; flags win over it")
     p.add_argument("--model", help="hub id or folder of a causal language model")
     _add_source(p, "train")
-    p.add_argument("--eval-data", help="held-out pairs from another source (default: --data, if --eval-split is given)")
-    p.add_argument("--eval-split", help="split of the held-out pairs")
-    p.add_argument("--ref", help="hub id or folder of the reference (default: the model as it starts)")
-    p.add_argument("--loss", help=f"one of {', '.join(LOSSES)} (default: dpo)")
+    p.add_argument("--eval-data", help="held-out pairs from another source, in its default configuration (default: --data, if --eval-split is given)")
+    p.add_argument("--eval-split", help="split of the held-out pairs, which are measured after each epoch or every --set eval_steps=N")
+    p.add_argument("--ref", help="hub id or folder of the reference (default: the model as it starts; for an adapter the base model without it)")
+    p.add_argument("--loss", help=f"one of {', '.join(LOSSES)} (default: dpo); its options by --set, for adpo --set 'loss_options={{window: 4}}'")
     p.add_argument("--beta", type=float, help="strength of the pull to the reference (default: the loss's own)")
     p.add_argument("--output", help="folder for checkpoints and the trained model (default: tokpref-output)")
     p.add_argument("--lora", type=int, metavar="R", help="train a LoRA adapter of rank R instead of all weights")
@@ -76,7 +97,7 @@ def _add_train(commands) -> None:
     p.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="any field of PreferenceConfig, repeatable")
     p.set_defaults(run=run_train)
 
-# %% ../nbs/library/24_cli.ipynb #5d10bd6d
+# %% ../nbs/library/24_cli.ipynb #5169a7e3
 def _add_compare(commands) -> None:
     p = commands.add_parser("compare", help="several losses from the same start: one table, one figure",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -102,8 +123,9 @@ def _add_evaluate(commands) -> None:
     _add_source(p, "test")
     p.add_argument("--loss", default="dpo", help="whose loss and rewards to report (default: dpo)")
     p.add_argument("--beta", type=float, help="default: the loss's own")
+    p.add_argument("--loss-options", metavar="OPTIONS", help="more options of the loss, such as '{window: 4}' for adpo")
     p.add_argument("--batch-size", type=int, default=8, help="pairs at a time (default: 8)")
-    p.add_argument("--max-length", type=int, default=1024, help="most tokens of prompt + response (default: 1024)")
+    _add_limits(p)
     p.add_argument("--json", metavar="FILE", help="also write the numbers to this file")
     p.set_defaults(run=run_evaluate)
 
@@ -115,7 +137,7 @@ def _add_data(commands) -> None:
     p.add_argument("--list", action="store_true", help="the datasets that have a name here, and where each comes from")
     _add_source(p, "train")
     p.add_argument("--tokenizer", help="hub id or folder of a model or tokenizer")
-    p.add_argument("--max-length", type=int, default=1024, help="most tokens of prompt + response (default: 1024)")
+    _add_limits(p)
     p.add_argument("--show", type=int, default=1, metavar="N", help="rows shown token by token (default: 1)")
     p.set_defaults(run=run_data)
 
@@ -128,15 +150,15 @@ def _tokenizer(name: str):
     return tokenizer
 
 
-def _model(name: str):
-    "A causal language model; a folder with an adapter gives the base model with that adapter."
-    from transformers import AutoModelForCausalLM
-    if not (Path(name) / "adapter_config.json").exists(): return AutoModelForCausalLM.from_pretrained(name)
-    from peft import AutoPeftModelForCausalLM
-    return AutoPeftModelForCausalLM.from_pretrained(name)
+def _needs_no_options(loss: str, options: dict | None, how: str) -> None:
+    "Raise `ValueError`, with how they are given, for a loss that can't do without options and has none."
+    from tokpref.trainer import check_loss
+    if options or loss not in LOSSES: return
+    try: check_loss(loss, {})
+    except ValueError as e: raise ValueError(f"{loss}: {e}; say it with {how}") from None
 
-# %% ../nbs/library/24_cli.ipynb #fc6ebfbb
-_OWN = ("model", "data", "split", "eval_data", "eval_split", "ref", "lora")
+# %% ../nbs/library/24_cli.ipynb #eb93cf6f
+_OWN = ("model", "data", "split", "config_name", "data_dir", "as_messages", "eval_data", "eval_split", "ref", "lora")
 
 
 def train_settings(args: argparse.Namespace) -> tuple[dict, dict]:
@@ -146,6 +168,8 @@ def train_settings(args: argparse.Namespace) -> tuple[dict, dict]:
     flags = {name: getattr(args, name) for name in (*_OWN, "loss", "beta", "output")}
     settings |= {name: value for name, value in flags.items() if value is not None} | parse_settings(args.set)
     if "output" in settings: settings["output_dir"] = settings.pop("output")
+    for name in ("eval_strategy", "save_strategy", "logging_strategy"):
+        if settings.get(name) is False: settings[name] = "no"       # YAML reads a bare `no` as false
     known = [f.name for f in fields(PreferenceConfig) if f.init]
     for name in settings:
         if name not in (*_OWN, *known): raise ValueError(f"unknown setting {name!r}{nearest(name, [*_OWN, *known]).split(' (known')[0]}")
@@ -154,20 +178,21 @@ def train_settings(args: argparse.Namespace) -> tuple[dict, dict]:
         if not load[name]: raise ValueError(f"--{name} is missing: give it as a flag, or as `{name}:` in the YAML file")
     return load, {"output_dir": "tokpref-output", **settings}
 
-# %% ../nbs/library/24_cli.ipynb #eb93cf6f
+# %% ../nbs/library/24_cli.ipynb #9bad539d
 def run_train(args: argparse.Namespace) -> None:
     "Load, train, save; then say where everything is."
     from tokpref.data import load_preferences
     from tokpref.trainer import PreferenceConfig, PreferenceTrainer
     load, settings = train_settings(args)
     held_out = load["eval_split"] or (load["eval_data"] and "test")
-    if held_out: settings.setdefault("eval_strategy", "steps")
+    if held_out: settings.setdefault("eval_strategy", "steps" if "eval_steps" in settings else "epoch")
+    _needs_no_options(settings.get("loss", "dpo"), settings.get("loss_options"), "--set 'loss_options={window: 4}'")
     config = PreferenceConfig(**settings)
-    train = load_preferences(load["data"], load["split"] or "train")
-    evaluation = load_preferences(load["eval_data"] or load["data"], held_out) if held_out else None
-    tokenizer, model = _tokenizer(load["model"]), _model(load["model"])
-    trainer = PreferenceTrainer(model, config, train, evaluation, ref_model=_model(load["ref"]) if load["ref"] else None,
-                                processing_class=tokenizer, peft_config=_lora(load["lora"]))
+    layout, messages = (load["config_name"], load["data_dir"]), bool(load["as_messages"])
+    train = load_preferences(load["data"], load["split"] or "train", *layout, messages)
+    if load["eval_data"] not in (None, load["data"]): layout = None, None
+    evaluation = load_preferences(load["eval_data"] or load["data"], held_out, *layout, messages) if held_out else None
+    trainer = PreferenceTrainer(load["model"], config, train, evaluation, load["ref"], _tokenizer(load["model"]), _lora(load["lora"]))
     for report in trainer.reports.values(): print(report, file=sys.stderr)
     trainer.train(resume_from_checkpoint=True if args.resume else None)
     trainer.save_model()
@@ -187,7 +212,7 @@ def _print_metrics(metrics: dict) -> None:
     width = max(map(len, metrics))
     for name, value in metrics.items(): print(f"{name:<{width}}  {value:.4g}" if isinstance(value, (int, float)) else f"{name:<{width}}  {value}")
 
-# %% ../nbs/library/24_cli.ipynb #a9001589
+# %% ../nbs/library/24_cli.ipynb #ef42a260
 def run_compare(args: argparse.Namespace) -> None:
     "Run the comparison; print its table, save its figure."
     import matplotlib
@@ -203,33 +228,47 @@ def run_compare(args: argparse.Namespace) -> None:
     if broken := [run["label"] for run in record["runs"] if "error" in run]:
         raise FloatingPointError(f"{', '.join(broken)} broke down in training; the others are complete")
 
+# %% ../nbs/library/24_cli.ipynb #a9001589
+def _prepared(args: argparse.Namespace, split: str, tokenizer, name: str, examples: int) -> tuple:
+    "Prepared rows and their report, from the flags of `_add_source` and `_add_limits`."
+    from tokpref.data import load_preferences, prepare
+    pairs = load_preferences(args.data, args.split or split, args.config_name, args.data_dir, bool(args.as_messages))
+    options = _options("--chat-template-kwargs", args.chat_template_kwargs)
+    return prepare(pairs, tokenizer, args.max_length, args.max_prompt_length, options, name, examples=examples)
+
 
 def run_evaluate(args: argparse.Namespace) -> None:
     "Measure the model on held-out pairs and print the numbers."
-    from tokpref.data import PreferenceCollator, load_preferences, prepare
+    from tokpref.data import PreferenceCollator
     from tokpref.evaluation import preference_metrics
+    from tokpref.experiments.scratch import fastest_device
+    from tokpref.trainer import _causal_lm, load_baseline_head
     if not args.data: raise ValueError("--data is missing: say which preference pairs to measure on")
-    tokenizer, model = _tokenizer(args.model), _model(args.model)
+    options = _options("--loss-options", args.loss_options)
+    _needs_no_options(args.loss, options, "--loss-options '{window: 4}'")
+    tokenizer, model = _tokenizer(args.model), _causal_lm(args.model)
     if args.ref is None and not hasattr(model, "disable_adapter"):
         raise ValueError("--ref is missing: say which model this one was trained from (an adapter would not need it)")
-    rows, report = prepare(load_preferences(args.data, args.split or "test"), tokenizer, args.max_length, name="evaluation")
+    rows, report = _prepared(args, "test", tokenizer, "evaluation", 2)
     print(report, file=sys.stderr)
-    metrics = preference_metrics(model, _model(args.ref) if args.ref else None, rows, PreferenceCollator(tokenizer.pad_token_id),
-                                 loss=args.loss, beta=args.beta, batch_size=args.batch_size)
+    on, device = lambda module: module and module.to(device), fastest_device()
+    metrics = preference_metrics(on(model), on(_causal_lm(args.ref) if args.ref else None), rows, PreferenceCollator(tokenizer.pad_token_id),
+                                 args.loss, args.beta, options, args.batch_size,
+                                 baseline=on(load_baseline_head(args.model) if LOSSES[args.loss].baseline else None))
     _print_metrics(metrics)
     if args.json: Path(args.json).write_text(json.dumps(metrics, indent=1), encoding="utf-8")
 
-# %% ../nbs/library/24_cli.ipynb #ef42a260
+# %% ../nbs/library/24_cli.ipynb #97e31d0b
 def run_data(args: argparse.Namespace) -> None:
     "Show what the trainer would see."
-    from tokpref.data import LOADERS, describe_row, load_preferences, prepare
+    from tokpref.data import LOADERS, describe_row
     if args.list:
         for name, loader in LOADERS.items(): print(f"{name:<16} {loader.hub_id:<45} {'pairs' if loader.convert else 'texts'}")
         return
     for name in ("data", "tokenizer"):
         if not getattr(args, name): raise ValueError(f"--{name} is missing (tokpref data --list shows the datasets that have a name)")
     tokenizer = _tokenizer(args.tokenizer)
-    rows, report = prepare(load_preferences(args.data, args.split or "train"), tokenizer, args.max_length, examples=0)
+    rows, report = _prepared(args, "train", tokenizer, "train", 0)
     print(report)
     for row in rows.select(range(min(args.show, len(rows)))): print("\n" + describe_row(row, tokenizer))
 

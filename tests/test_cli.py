@@ -1,0 +1,185 @@
+"""The command line: settings from YAML and flags, and runs on tiny models in temporary folders."""
+import copy
+import json
+import re
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from tokpref import cli, trainer
+from tokpref.cli import main, read_yaml, train_settings
+
+PAIRS = [{"prompt": f"say {word} ", "chosen": word + "!", "rejected": other + ", never"}
+         for word in ("yes", "no") for other in ("maybe", "but", "go")]
+STEP = ["--set", "max_steps=1", "--set", "use_cpu=true", "--set", "report_to=none", "--set", "disable_tqdm=true", "--set", "save_strategy=no"]
+
+
+@pytest.fixture
+def home(model, tokenizer, tmp_path):
+    "A folder with a model in bfloat16, an adapter for it, and pairs."
+    copy.deepcopy(model).to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    adapter = get_peft_model(model, LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True, task_type="CAUSAL_LM", init_lora_weights=False))
+    adapter.peft_config["default"].base_model_name_or_path = str(tmp_path / "model")
+    adapter.save_pretrained(tmp_path / "adapter")
+    for name in ("model", "adapter"): tokenizer.save_pretrained(tmp_path / name)
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, PAIRS)))
+    return tmp_path
+
+
+@pytest.fixture
+def run(home, capsys):
+    "Runs a command on the folder's pairs; its exit code and what it said."
+    def run(command, *argv):
+        code = main([command, "--data", str(home / "pairs.jsonl"), *map(str, argv)])
+        return code, "".join(capsys.readouterr())
+    return run
+
+
+@pytest.fixture
+def made(monkeypatch):
+    "The trainers that a command makes."
+    made = []
+    def make(*args, **kwargs):
+        made.append(trainer_class(*args, **kwargs))
+        return made[-1]
+    trainer_class = trainer.PreferenceTrainer
+    monkeypatch.setattr(trainer, "PreferenceTrainer", make)
+    return made
+
+
+def settings(*argv):
+    "(what to load, fields of PreferenceConfig) of a training command."
+    return train_settings(cli.make_parser().parse_args(["train", "--model", "m", "--data", "d", *argv]))
+
+
+# Settings
+
+@pytest.mark.parametrize("text, value", [
+    ("3e-4", 3e-4), ("1E5", 1e5), ("-2.5e-1", -0.25), (".5e1", 5.0), ("[1e-3, x]", [1e-3, "x"]), ('"42"', "42"), ('"3e-4"', "3e-4"),
+    ("nan", "nan"), ("infinity", "infinity"), ("1e", "1e"), ("42", 42), ("{a: 3e-1}", {"a": 0.3})])
+def test_yaml_numbers(text, value):
+    assert read_yaml(text) == value and type(read_yaml(text)) is type(value)
+
+
+def test_a_quoted_number_is_text(tmp_path):
+    (tmp_path / "run.yaml").write_text('run_name: "42"\nlearning_rate: 3e-4\n')
+    assert cli.read_config(str(tmp_path / "run.yaml")) == {"run_name": "42", "learning_rate": 3e-4}
+
+
+@pytest.mark.parametrize("value", ["a", "a={", "=1"])
+def test_a_setting_that_cannot_be_read(value, capsys):
+    assert main(["train", "--model", "m", "--data", "d", "--set", value]) == 2
+    assert "--set takes name=value" in capsys.readouterr().err
+
+
+def test_no_is_a_strategy(tmp_path):
+    assert settings("--set", "save_strategy=no", "--set", "bf16=no")[1] == {"output_dir": "tokpref-output", "save_strategy": "no", "bf16": False}
+    (tmp_path / "run.yaml").write_text("model: m\ndata: d\neval_strategy: no\n")
+    assert train_settings(cli.make_parser().parse_args(["train", str(tmp_path / "run.yaml")]))[1]["eval_strategy"] == "no"
+
+
+def test_a_flag_that_is_not_given_leaves_the_file_alone(tmp_path):
+    (tmp_path / "run.yaml").write_text("model: m\ndata: d\nas_messages: true\ndata_dir: harmless-base\n")
+    load = train_settings(cli.make_parser().parse_args(["train", str(tmp_path / "run.yaml")]))[0]
+    assert load["as_messages"] is True and load["data_dir"] == "harmless-base" and load["config_name"] is None
+    assert settings("--as-messages", "--config-name", "c")[0] | {"model": None} == load | {"model": None, "data_dir": None, "config_name": "c"}
+
+
+# Train
+
+def test_models_are_trained_and_compared_in_float32(run, home, made):
+    assert run("train", "--model", home / "model", "--ref", home / "model", "--output", home / "out", *STEP)[0] == 0
+    assert {p.dtype for m in (made[0].model, made[0].ref_model) for p in m.parameters()} == {torch.float32}
+
+
+def test_an_adapter_is_trained_on(run, home, made):
+    code, text = run("train", "--model", home / "adapter", "--output", home / "out", *STEP)
+    assert code == 0 and (home / "out" / "adapter_config.json").exists(), text
+    assert made[0].adapter_off and {p.dtype for p in made[0].model.parameters()} == {torch.float32}
+
+
+def test_held_out_pairs_are_measured_once_an_epoch_unless_asked_otherwise(run, home, made):
+    pairs = ("train", "--model", home / "model", "--eval-data", home / "pairs.jsonl", "--eval-split", "train", "--output", home / "out", *STEP)
+    for more, when in (((), "epoch"), (("--set", "eval_steps=5"), "steps"), (("--set", "eval_strategy=no"), "no")):
+        assert run(*pairs, *more)[0] == 0
+        assert made[-1].args.eval_strategy == when
+        assert len([h for h in made[-1].state.log_history if "eval_loss" in h]) == (1 if when == "no" else 2)
+
+
+def test_adpo_says_how_to_give_its_window(run, home):
+    code, text = run("train", "--model", home / "model", "--loss", "adpo", "--output", home / "out", *STEP)
+    assert code == 2 and "--set 'loss_options={window: 4}'" in text
+    assert run("train", "--model", home / "model", "--loss", "adpo", "--set", "loss_options={window: 4}", "--output", home / "out", *STEP)[0] == 0
+
+
+def test_help_names_the_reference_of_an_adapter(capsys):
+    with pytest.raises(SystemExit): main(["train", "--help"])
+    assert re.search(r"--ref REF.*an adapter.*without it", " ".join(capsys.readouterr().out.split()))
+
+
+# Evaluate and data
+
+def test_adpo_is_evaluated(run, home):
+    given = "evaluate", "--model", home / "adapter", "--split", "train", "--loss", "adpo"
+    code, text = run(*given)
+    assert code == 2 and "--loss-options '{window: 4}'" in text
+    losses = []
+    for window in (1, 4):
+        assert run(*given, "--loss-options", f"{{window: {window}}}", "--json", home / "numbers.json")[0] == 0
+        losses.append(json.loads((home / "numbers.json").read_text())["loss"])
+    assert losses[0] != losses[1]
+    for wrong in ("4", "window"):
+        code, text = run(*given, "--loss-options", wrong)
+        assert code == 2 and "--loss-options takes" in text
+
+
+def test_tbpo_q_is_evaluated_with_its_head(run, home):
+    more = "--set", "baseline_learning_rate=1.0", *STEP, "--set", "max_steps=3"
+    assert run("train", "--model", home / "model", "--loss", "tbpo_q", "--output", home / "out", *more)[0] == 0
+    code, text = run("evaluate", "--model", home / "out", "--ref", home / "model", "--split", "train", "--loss", "tbpo_q")
+    assert code == 0, text
+    head = trainer.load_baseline_head(home / "out")
+    assert head.layers[-1].weight.abs().max() > 0
+    code, text = run("evaluate", "--model", home / "model", "--ref", home / "model", "--split", "train", "--loss", "tbpo_q")
+    assert code == 2 and "model holds no baseline_head.safetensors" in text
+
+
+def test_data_and_evaluate_cut_as_the_trainer_does(run, home):
+    code, text = run("data", "--tokenizer", home / "model", "--max-prompt-length", 5)
+    assert code == 0 and "prompt: 5 tokens" in text
+    for limit in ("5", "2000"):
+        code, text = run("evaluate", "--model", home / "adapter", "--split", "train", "--max-prompt-length", limit)
+        assert (code == 0) == (limit == "5"), text
+    assert "truncated prompt" in run("evaluate", "--model", home / "adapter", "--split", "train", "--max-prompt-length", "5")[1]
+
+
+def test_the_data_options_reach_the_data(run, home, monkeypatch):
+    seen = []
+    def load(source, *rest):
+        seen.append((source, *rest))
+        raise ValueError("seen")
+    monkeypatch.setattr("tokpref.data.load_preferences", load)
+    options = "--config-name", "c", "--data-dir", "d", "--as-messages"
+    for command in (("data", "--tokenizer", home / "model"), ("evaluate", "--model", home / "adapter"), ("train", "--model", home / "model")):
+        run(*command, *options, "--split", "train[:5]")
+        assert seen.pop()[1:] == ("train[:5]", "c", "d", True)
+
+
+def test_held_out_pairs_of_another_source_have_a_layout_of_their_own(run, home, monkeypatch):
+    seen = []
+    monkeypatch.setattr("tokpref.data.load_preferences", lambda source, *rest: seen.append(rest) or PAIRS)
+    for more, layout in (((), ("c", "d", True)), (("--eval-data", "other"), (None, None, True))):
+        assert run("train", "--model", home / "model", "--config-name", "c", "--data-dir", "d", "--as-messages", "--eval-split", "test", *more,
+                   "--output", home / "out", *STEP)[0] == 0
+        assert seen == [("train", "c", "d", True), ("test", *layout)]
+        seen.clear()
+
+
+def test_arguments_of_the_chat_template(run, home, tokenizer):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = ("{% for m in messages %}{% if m.role == 'assistant' %}{{ header }}{% endif %}{{ m.content }}{% endfor %}"
+                               "{% if add_generation_prompt %}{{ header }}{% endif %}")
+    tokenizer.save_pretrained(home / "model")
+    code, text = run("data", "--tokenizer", home / "model", "--as-messages", "--chat-template-kwargs", "{header: '0:'}")
+    assert code == 0 and "s|0|:" in text, text
