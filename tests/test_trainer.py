@@ -71,6 +71,14 @@ def test_a_model_without_trainable_weights_is_refused(make, model):
     make(dict(model=copy.deepcopy(model).requires_grad_(False), peft_config=LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True)))
 
 
+def test_weights_too_coarse_for_their_updates_are_told(make, model, caplog):
+    with caplog.at_level(logging.WARNING, "tokpref.trainer"):
+        make()
+        assert not caplog.messages
+        make(dict(model=copy.deepcopy(model).bfloat16()))
+    assert ["trained weights are bfloat16, in which small updates are lost" in said for said in caplog.messages] == [True]
+
+
 def test_dropout_is_off_wherever_a_model_keeps_it():
     opt = OPTForCausalLM(OPTConfig(vocab_size=64, hidden_size=16, ffn_dim=16, num_hidden_layers=1, num_attention_heads=2, word_embed_proj_dim=16,
                                    max_position_embeddings=32, dropout=0.5, attention_dropout=0.5, layerdrop=0.5))

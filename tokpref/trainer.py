@@ -379,8 +379,12 @@ def _load(model: nn.Module | str, ref_model: nn.Module | str | None, tokenizer) 
 def _to_train(model: nn.Module, peft_config) -> nn.Module:
     "The model, with a fresh adapter if one is asked for. Raises `ValueError` when nothing in it would be trained."
     if peft_config is not None: model = _add_adapter(model, peft_config)
-    if any(p.requires_grad for p in model.parameters()): return model
-    raise ValueError("no weight of the model is trainable: load the adapter with is_trainable=True, or pass peft_config")
+    kinds = {p.dtype for p in model.parameters() if p.requires_grad}
+    if not kinds: raise ValueError("no weight of the model is trainable: load the adapter with is_trainable=True, or pass peft_config")
+    if half := kinds & {torch.float16, torch.bfloat16}:
+        _log.warning("trained weights are %s, in which small updates are lost: load the model with dtype=torch.float32, and set bf16=True for speed",
+                     " and ".join(str(dtype).removeprefix("torch.") for dtype in half))
+    return model
 
 
 def _add_adapter(model: nn.Module, peft_config) -> nn.Module:
