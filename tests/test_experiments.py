@@ -2,7 +2,7 @@
 import copy
 import functools
 import importlib
-import inspect
+import linecache
 import json
 import math
 import os
@@ -83,13 +83,13 @@ def test_changed_settings_are_never_mixed(tmp_path, monkeypatch):
 
 
 def own_loss(folder, factor):
-    "A module with a loss, and one that it uses, written and imported (anew)."
-    (folder / "halves_of_this_test.py").write_text(f"def scaled(x): return {factor} * x\n")
-    (folder / "loss_of_this_test.py").write_text("from halves_of_this_test import scaled\nfrom tokpref import PairLoss, dpo_loss\n\n\n"
+    "A module with a loss, written and imported (anew)."
+    (folder / "loss_of_this_test.py").write_text("from tokpref import PairLoss, dpo_loss\n\n\n"
         "def loss(chosen, rejected, beta=0.1):\n    out = dpo_loss(chosen, rejected, beta)\n"
-        "    return PairLoss(scaled(out.losses), out.chosen_rewards, out.rejected_rewards)\n")
-    for name in ("loss_of_this_test", "halves_of_this_test"): sys.modules.pop(name, None)
+        f"    return PairLoss({factor} * out.losses, out.chosen_rewards, out.rejected_rewards)\n")
+    sys.modules.pop("loss_of_this_test", None)
     importlib.invalidate_caches()
+    linecache.clearcache()
     return LossSpec(importlib.import_module("loss_of_this_test").loss, "this test")
 
 
@@ -113,16 +113,16 @@ def test_an_edited_loss_is_trained_anew_and_the_others_are_read(tmp_path, monkey
 
 
 def test_what_a_run_is_made_of(monkeypatch):
-    "The trainer, the engine and the task, down to what they use; of the losses only its own; nothing that draws or prints."
-    read, behind = [], lambda *functions: read.clear() or harness._code_behind(*functions)
-    real = inspect.getsource
-    monkeypatch.setattr(inspect, "getsource", lambda part: read.append(part.__name__.removeprefix("tokpref.")) or real(part))
-    task = find_task("sentiment")
-    behind(harness.train_one, task.prepare, LOSSES["tbpo_q"].fn)
-    assert {"losses.tbpo", "losses.bregman", "losses.types", "trainer", "engine", "scores", "packing", "stats", "data", "reference", "evaluation",
-            "experiments.compare", "experiments.sentiment", "experiments.scratch"} <= set(read)
-    assert not {"losses.dpo", "losses.tdpo", "plots", "cli", "experiments.toy"} & set(read)
-    assert behind(LOSSES["dpo"].fn) == behind(functools.partial(LOSSES["dpo"].fn, beta=2.0)) and set(read) == {"losses.dpo", "losses.types"}
+    "Of the losses only its own; trainer and engine; nothing that draws or prints."
+    shared = {str(path.relative_to(harness._ROOT)).replace("\\", "/") for path in harness._SHARED}
+    assert {"losses/types.py", "trainer.py", "engine.py", "scores.py", "packing.py", "stats.py", "data.py", "reference.py", "evaluation.py",
+            "experiments/compare.py", "experiments/scratch.py"} <= shared
+    assert not {"losses/dpo.py", "plots.py", "cli.py", "experiments/toy.py"} & shared
+    dpo, behind = LOSSES["dpo"].fn, harness._code_behind
+    assert behind(dpo) == behind(functools.partial(dpo, beta=2.0)) != behind(LOSSES["tdpo2"].fn) and behind(dpo, find_task("toy").prepare) != behind(dpo)
+    before = behind(dpo)
+    monkeypatch.setattr(harness, "_SHARED", harness._SHARED[1:])
+    assert behind(dpo) != before
 
 
 def test_same_seed_same_numbers(tmp_path):

@@ -12,7 +12,6 @@ __all__ = ['VARIANTS', 'BASELINES', 'TASKS', 'LossRun', 'Baseline', 'RunConfig',
 # %% ../../nbs/experiments/30_compare.ipynb #7e1efb15
 import contextlib
 import copy
-import dis
 import functools
 import gc
 import hashlib
@@ -26,12 +25,10 @@ import platform
 import re
 import shutil
 import sys
-import sysconfig
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from types import CodeType, ModuleType
 
 import datasets
 import numpy as np
@@ -405,68 +402,29 @@ class _Seed:
         with _arithmetic(self.reference, self.problem): metrics = self.problem.evaluate(self.reference)
         return metrics if "accuracy" in metrics else {**metrics, "kl_chosen": 0.0, "kl_rejected": 0.0}
 
-# %% ../../nbs/experiments/30_compare.ipynb #593b11e4
-def _unit(value):
-    "Where the text of a value is: a module of this package or of the reader's; in a notebook the function or class itself; None for all other."
-    if isinstance(value, functools.partial): value = value.func
-    home = value if isinstance(value, ModuleType) else sys.modules.get(str(getattr(value, "__module__", None)))
-    if home is None or (home is value and hasattr(home, "__path__")): return None       # what a package holds depends on who imported what
-    if file := getattr(home, "__file__", None):
-        theirs = Path(file).is_relative_to(sysconfig.get_path("stdlib")) or {"site-packages", "dist-packages"} & set(Path(file).parts)
-        return None if theirs and not home.__name__.startswith("tokpref.") else home
-    if home.__name__ != "__main__": return None
-    return value if inspect.isfunction(value) or inspect.isclass(value) else type(value)
-
-
-def _looked_up(code: CodeType) -> Iterator[str]:
-    "Names of globals in a function's code and in that of functions inside it."
-    yield from (step.argval for step in dis.get_instructions(code) if step.opname == "LOAD_GLOBAL")
-    for part in code.co_consts:
-        if isinstance(part, CodeType): yield from _looked_up(part)
-
-
-def _functions(unit) -> list:
-    "The functions of a class, or the function itself."
-    return [f for f in (vars(unit).values() if inspect.isclass(unit) else [unit]) if inspect.isfunction(f)]
-
-
-def _uses(unit) -> dict:
-    "What a module holds, or what a function or class of a notebook looks up, by name."
-    if isinstance(unit, ModuleType): return vars(unit)
-    return {name: f.__globals__[name] for f in _functions(unit) for name in _looked_up(f.__code__) if name in f.__globals__}
-
 # %% ../../nbs/experiments/30_compare.ipynb #a037676b
-def _is_loss(name: str) -> bool: return name.startswith("tokpref.losses.") and name != "tokpref.losses.types"
+_ROOT = Path(inspect.getfile(PreferenceTrainer)).parent
+_SHARED = [path for path in sorted(_ROOT.glob("*.py")) if path.name not in ("_modidx.py", "cli.py", "plots.py")]
+_SHARED += [_ROOT / "losses" / "types.py", *(_ROOT / "experiments" / f"{name}.py" for name in ("compare", "hub", "scratch"))]
 
 
-def _source(part) -> str:
-    "The source of a module or function; empty where there is none to read."
-    try: return inspect.getsource(part)
+def _source(function: Callable) -> str:
+    "The source of a function's module; in a notebook that of the function; empty where there is none to read."
+    function = getattr(function, "func", function)
+    module = sys.modules.get(function.__module__)
+    try: return inspect.getsource(module if getattr(module, "__file__", None) else function)
     except (OSError, TypeError): return ""
 
 
-def _text(unit) -> list:
-    "The source of a unit and, in a notebook, the numbers and words that it looks up."
-    if isinstance(unit, ModuleType): return [_source(unit)]
-    return [*map(_source, _functions(unit)), {name: v for name, v in _uses(unit).items() if isinstance(v, (int, float, str, tuple))}]
-
-
 def _code_behind(*functions: Callable) -> str:
-    "Fingerprint of the text of functions, of all that they use, and of the versions."
-    found, todo = {}, [_unit(f) for f in functions]
-    while todo:
-        if (unit := todo.pop()) is None or unit.__name__ in found: continue
-        found[unit.__name__] = _text(unit)
-        used = [other for other in map(_unit, list(_uses(unit).values())) if other is not None]
-        shared = unit.__name__.startswith("tokpref.") and not _is_loss(unit.__name__)
-        todo += [other for other in used if not (shared and _is_loss(other.__name__))]
-    return fingerprint([versions(), found])
+    "Fingerprint of the source of functions, of what all runs share, and of the versions."
+    return fingerprint([versions(), *(path.read_text(encoding="utf-8") for path in _SHARED), *map(_source, functions)])
 
 
 def _code_of_runs(task: Task, runs: dict[str, LossRun]) -> dict[str, str]:
     "For each label what its numbers are made by."
     made_by = lambda name: BASELINES[name].train if name in BASELINES else LOSSES[name].fn
-    return {label: _code_behind(train_one, task.prepare, made_by(run.loss)) for label, run in runs.items()}
+    return {label: _code_behind(task.prepare, made_by(run.loss)) for label, run in runs.items()}
 
 # %% ../../nbs/experiments/30_compare.ipynb #9f1fb227
 def _say_kept(paths: list[Path], progress: bool) -> None:
