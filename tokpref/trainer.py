@@ -133,7 +133,7 @@ def check_models(model: nn.Module, ref_model: nn.Module | None = None) -> None:
 
 # %% ../nbs/library/22_trainer.ipynb #51b7dc41
 def disable_dropout(model: nn.Module) -> None:
-    "Set every dropout probability in the model to zero, adapters and whole layers that are dropped included."
+    "Set every dropout probability that a module of the model holds to zero, those of adapters and of whole layers included."
     for module in model.modules():
         own = "p" if "Dropout" in type(module).__name__ else None
         for name, value in list(vars(module).items()):
