@@ -104,9 +104,9 @@ def _add_compare(commands) -> None:
         description="Train several losses from the same starting policy and compare them.",
         epilog="examples:\n  tokpref compare\n  tokpref compare --task sentiment --profile nano --losses dpo tdpo2 --seeds 0 1 2\n"
                "  tokpref compare --task sentiment --profile nano --losses dpo:beta=0.3 tdpo2:alpha=0.1,beta=0.3 sft best-of-4 ppo")
-    p.add_argument("--task", default="toy", help="toy: a small language with an exactly known reward; sentiment: film reviews; dialogue; summarization; instructions; math (default: toy)")
+    p.add_argument("--task", default="toy", help="toy (a reward known exactly), sentiment, dialogue, summarization, instructions, math (default: toy)")
     p.add_argument("--profile", help="size of the task (default: the task's first)")
-    p.add_argument("--losses", nargs="+", help="labels such as dpo, tdpo2:alpha=0.1, the profile's sweep, and the baselines sft, best-of-4, ppo (default: all losses)")
+    p.add_argument("--losses", nargs="+", help="such as dpo, tdpo2:alpha=0.1, sweep (the profile's), sft, best-of-4, ppo (default: all losses)")
     p.add_argument("--seeds", nargs="+", type=int, help="each draws its own pairs and their order (default: the profile's)")
     p.add_argument("--out", help="folder for records and figure; a stopped comparison continues there (default: runs/TASK-PROFILE)")
     p.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of the profile, repeatable")

@@ -217,7 +217,8 @@ def _row_options(pair: dict, options: dict | None) -> dict:
     "Arguments of the chat template for one row: those of all rows, and its own `tools`, as schemas or as their JSON text, before them."
     tools = pair.get("tools")
     try: tools = json.loads(tools or "null") if isinstance(tools, str) else _without_none(tools)
-    except json.JSONDecodeError as e: raise ValueError(f"tools is text, but not the JSON of a list of schemas ({e}): mend it, or remove the column") from e
+    except json.JSONDecodeError as e:
+        raise ValueError(f"tools is text, but not the JSON of a list of schemas ({e}): mend it, or remove the column") from e
     return {**(options or {}), **({"tools": tools} if tools else {})}
 
 

@@ -241,7 +241,7 @@ def _given(batch: dict, layout: _Layout, live: bool) -> dict[str, Tensor]:
 
 
 def _states(model: nn.Module, ref_model: nn.Module | None, batch: dict, layout: _Layout, loss: Callable, asked: tuple) -> tuple[tuple, tuple | None]:
-    "Features of policy and reference. Where no KL is asked for, the reference is left out if its log-probs came with the batch or the loss needs none."
+    "Features of policy and reference; the latter is left out if no KL is asked for, and its log-probs came with the batch or the loss needs none."
     full = any(asked[:2])
     live = full or (_spec(loss, "reference", True) and batch.get("ref_logps") is None)
     inputs = lambda m: batch if layout.packed is None else packed_inputs(layout.packed, m)
@@ -281,7 +281,8 @@ def _from_scores(policy: tuple, reference: tuple | None, layout: _Layout, given:
     return BatchLoss(value, pairs, chosen, rejected)
 
 
-def _in_two_steps(policy: tuple, reference: tuple | None, layout: _Layout, given: dict, loss: Callable, asked: tuple, chunk_size: int | None) -> BatchLoss:
+def _in_two_steps(policy: tuple, reference: tuple | None, layout: _Layout, given: dict, loss: Callable, asked: tuple,
+                  chunk_size: int | None) -> BatchLoss:
     "Statistics that carry gradient, then the loss and autograd: what serves a head that can't be split off, and what the rest is held against."
     names = "logps", "ref_logps", "kl", "reverse_kl", "entropy"
     flat = dict(zip(names, _flat_stats(policy, reference, layout.targets, asked, chunk_size)))
@@ -335,7 +336,8 @@ def pair_stats(
     with torch.no_grad(): return pair_loss(model, ref_model, batch, _no_loss, **asked)[2:]
 
 # %% ../nbs/library/29_one_pass.ipynb #0a854783
-def _one_pass_obstacle(model: nn.Module, ref_model: nn.Module | None, batch: dict, loss: Callable, asked: tuple, baseline: Callable | None) -> str | None:
+def _one_pass_obstacle(model: nn.Module, ref_model: nn.Module | None, batch: dict, loss: Callable, asked: tuple,
+                       baseline: Callable | None) -> str | None:
     "Whether loss and gradients of a batch change when they are taken in one pass, a pair at a time."
     layout = _plan(batch, [model], False)
     with torch.no_grad(), evaluating(model): policy, reference = _states(model, ref_model, batch, layout, loss, asked)

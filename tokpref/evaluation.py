@@ -333,7 +333,8 @@ def best_of_n(
 ) -> list[dict[str, float]]:        # one dict a size: n, kl_bound (nats), reward
     """Expected reward of the best of n reference samples, unbiased from N ≥ n, and the upper bound log n − (n−1)/n of its KL.
 
-    The bound is the KL itself only where no two samples tie; a response drawn twice does. Source: arXiv 2401.01879. Raises `ValueError` for n outside 1..N.
+    The bound is the KL itself only where no two samples tie; a response drawn twice does. Source: arXiv 2401.01879.
+    Raises `ValueError` for n outside 1..N.
     """
     ordered = torch.as_tensor(rewards).double().sort(-1).values
     if ordered.ndim != 2 or ordered.numel() == 0: raise ValueError(f"best_of_n: rewards must be [prompts, N], got {tuple(ordered.shape)}")

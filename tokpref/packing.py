@@ -239,7 +239,8 @@ def _declared_obstacle(model: nn.Module) -> str | None:
     if "position_ids" not in inspect.signature(type(base).forward).parameters: return "it takes no position ids"
     if getattr(getattr(policy, "active_peft_config", None), "is_prompt_learning", False): return "its adapter puts tokens of its own in front"
     if not getattr(base, "_supports_attention_backend", False): return "it has an attention of its own, which may not take a block mask"
-    if attention not in ("sdpa", "eager", "flex_attention"): return f"its attention, {attention!r}, takes no block mask: load the model with attn_implementation='sdpa'"
+    if attention not in ("sdpa", "eager", "flex_attention"):
+        return f"its attention, {attention!r}, takes no block mask: load the model with attn_implementation='sdpa'"
     kinds = set(_windows(model)) - {"", "full_attention", "sliding_attention"}
     return f"it has layers of another kind: {', '.join(sorted(kinds))}" if kinds else None
 

@@ -102,7 +102,8 @@ def _read(path: Path, dataset: Dataset) -> Dataset:
     for side, values in flat.items():
         lengths = [len(ids) for ids in dataset[f"{side}_ids"]]
         if sum(lengths) != len(values):
-            raise ValueError(f"{path.name} holds {len(values)} numbers for the {sum(lengths)} tokens of the {side} responses: delete it, and it is made anew")
+            raise ValueError(f"{path.name} holds {len(values)} numbers for the {sum(lengths)} tokens of the {side} responses: "
+                             "delete it, and it is made anew")
         dataset = dataset.add_column(f"{side}_ref_logps", [part.tolist() for part in values.split(lengths)])
     return dataset
 

@@ -346,9 +346,11 @@ def model_card(trainer: Trainer) -> str:
                 "pairs per step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size, "optimizer": str(args.optim.value)}
     last = next((h for h in reversed(trainer.state.log_history) if "eval_loss" in h), {})
     versions = {"tokpref": __version__, "transformers": transformers.__version__, "torch": torch.__version__}
-    table = lambda head, d: f"| {head} | |\n|---|---|\n" + "".join(f"| {k} | {v:.4g} |\n" if isinstance(v, float) else f"| {k} | {v} |\n" for k, v in d.items())
+    line = lambda k, v: f"| {k} | {v:.4g} |\n" if isinstance(v, float) else f"| {k} | {v} |\n"
+    table = lambda head, d: f"| {head} | |\n|---|---|\n" + "".join(line(k, v) for k, v in d.items())
     front = "---\nlibrary_name: " + ("peft" if hasattr(trainer.model, "peft_config") else "transformers") + "\n"
-    front += (f"base_model: {base}\n" if base and not Path(base).exists() else "") + "tags: [tokpref, preference-optimization, " + args.loss + "]\n---\n"
+    front += f"base_model: {base}\n" if base and not Path(base).exists() else ""
+    front += f"tags: [tokpref, preference-optimization, {args.loss}]\n---\n"
     return "\n".join([front, f"# Trained with {args.loss} on preferences\n", f"Loss: {spec.source}.\n", table("setting", settings),
                       table("last evaluation", {k: v for k, v in last.items() if k.startswith("eval_")}) if last else "", table("version", versions)])
 
