@@ -145,12 +145,13 @@ def _add_data(commands) -> None:
 def _tokenizer(name: str):
     "A tokenizer that can pad."
     from transformers import AutoTokenizer
-    tokenizer = AutoTokenizer.from_pretrained(name)
+    try: tokenizer = AutoTokenizer.from_pretrained(name)
+    except OSError as e: raise OSError(f"cannot load {name!r}: {str(e).splitlines()[0]}") from None
     if tokenizer.pad_token_id is None: tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
-def _needs_no_options(loss: str, options: dict | None, how: str) -> None:
+def _check_options_given(loss: str, options: dict | None, how: str) -> None:
     "Raise `ValueError`, with how they are given, for a loss that can't do without options and has none."
     from tokpref.trainer import check_loss
     if options or loss not in LOSSES: return
@@ -186,7 +187,7 @@ def run_train(args: argparse.Namespace) -> None:
     load, settings = train_settings(args)
     held_out = load["eval_split"] or (load["eval_data"] and "test")
     if held_out: settings.setdefault("eval_strategy", "steps" if "eval_steps" in settings else "epoch")
-    _needs_no_options(settings.get("loss", "dpo"), settings.get("loss_options"), "--set 'loss_options={window: 4}'")
+    _check_options_given(settings.get("loss", "dpo"), settings.get("loss_options"), "--set 'loss_options={window: 4}'")
     config = PreferenceConfig(**settings)
     layout, messages = (load["config_name"], load["data_dir"]), bool(load["as_messages"])
     train = load_preferences(load["data"], load["split"] or "train", *layout, messages)
@@ -245,7 +246,7 @@ def run_evaluate(args: argparse.Namespace) -> None:
     from tokpref.trainer import _causal_lm, load_baseline_head
     if not args.data: raise ValueError("--data is missing: say which preference pairs to measure on")
     options = _options("--loss-options", args.loss_options)
-    _needs_no_options(args.loss, options, "--loss-options '{window: 4}'")
+    _check_options_given(args.loss, options, "--loss-options '{window: 4}'")
     tokenizer, model = _tokenizer(args.model), _causal_lm(args.model)
     if args.ref is None and not hasattr(model, "disable_adapter"):
         raise ValueError("--ref is missing: say which model this one was trained from (an adapter would not need it)")

@@ -67,9 +67,9 @@ def _multiply(hidden: Tensor, weight: Tensor, out: Tensor) -> Tensor:
     by_onednn = out.dtype == torch.float32 and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
     states, width = hidden.to_mkldnn() if by_onednn else hidden, max(256, 2**18 // len(hidden))
     for i in range(0, len(weight), width):
-        piece, some = out[:, i:i + width], weight[i:i + width]
-        if by_onednn: piece.copy_(F.linear(states, some).to_dense())
-        else: torch.mm(hidden, some.T, out=piece)
+        columns = slice(i, i + width)
+        if by_onednn: out[:, columns].copy_(F.linear(states, weight[columns]).to_dense())
+        else: torch.mm(hidden, weight[columns].T, out=out[:, columns])
     return out
 
 # %% ../nbs/library/27_in_place.ipynb #f0090418

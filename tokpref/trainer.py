@@ -47,7 +47,7 @@ class PreferenceConfig(TrainingArguments):
     loss_options: dict | str | None = field(default=None, metadata={"help": "more options of the loss, such as {'alpha': 0.5}"})
     max_length: int = field(default=1024, metadata={"help": "most tokens of prompt + response"})
     max_prompt_length: int | None = field(default=None, metadata={"help": "most tokens of the prompt; None: cut only when needed"})
-    chat_template_kwargs: dict | str | None = field(default=None, metadata={"help": "more arguments of the chat template, such as {'tools': []}"})
+    chat_template_kwargs: dict | str | None = field(default=None, metadata={"help": "more arguments of the chat template, such as {'enable_thinking': False}"})
     disable_dropout: bool = field(default=True, metadata={"help": "dropout makes log-ratios noisy, so it is off, an adapter's included"})
     precompute_ref_logps: bool = field(default=False, metadata={"help": "score the data with the reference once, before training"})
     ref_cache: str | None = field(default=None, metadata={"help": "folder that keeps precomputed reference log-probs for later runs"})
@@ -424,11 +424,11 @@ class _SetsUp(_KeepsBaseline):
         if dataset is not None and "prompt_ids" not in (getattr(dataset, "column_names", None) or ()):
             dataset, self.reports[name] = prepare(dataset, tokenizer, args.max_length, args.max_prompt_length, args.chat_template_kwargs, name,
                                                   args.dataset_num_proc)
-            if args.process_index == 0: self._tell_losses(name)
+            if args.process_index == 0: self._tell_dropped(name)
         if self.positions and isinstance(dataset, Dataset): _check_positions(dataset, self.positions, name)
         return dataset
 
-    def _tell_losses(self, name: str) -> None:
+    def _tell_dropped(self, name: str) -> None:
         "One line in the log if rows were dropped or cut."
         report = self.reports[name]
         cut = [f"{part} cut in {n}" for part, n in report.truncated.items() if n]

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['VARIANTS', 'BASELINES', 'TASKS', 'LossRun', 'Baseline', 'RunConfig', 'parse_label', 'swept', 'resolve_losses',
-           'Problem', 'Task', 'find_task', 'PathCallback', 'run_arguments', 'held_out_metrics', 'measure', 'train_one',
-           'fingerprint', 'own_settings', 'write_json', 'read_json', 'versions', 'hardware', 'compare', 'merge_records',
-           'optimal_reward', 'summarise', 'comparison_table', 'read_path', 'path_band', 'paired_difference',
-           'comparison_figure', 'history_figure']
+           'Problem', 'Task', 'find_task', 'PathCallback', 'run_arguments', 'held_out_metrics', 'autocast', 'measure',
+           'train_one', 'fingerprint', 'own_settings', 'write_json', 'read_json', 'versions', 'hardware', 'compare',
+           'merge_records', 'optimal_reward', 'summarise', 'comparison_table', 'read_path', 'path_band',
+           'paired_difference', 'comparison_figure', 'history_figure']
 
 # %% ../../nbs/experiments/30_compare.ipynb #7e1efb15
 import contextlib
@@ -287,15 +287,20 @@ def held_out_metrics(model: torch.nn.Module, reference: torch.nn.Module | None, 
     return dict(zip(("accuracy", "kl_chosen", "kl_rejected"), torch.cat(found, 1).mean(1).tolist()))
 
 
-def _arithmetic(model: torch.nn.Module, problem: Problem) -> torch.autocast:
+def autocast(mixed: str, device_type: str = "cuda") -> torch.autocast:
+    "Autocast in \"bf16\" or \"fp16\"; any other word leaves it off."
+    kind = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed)
+    return torch.autocast(device_type, kind, enabled=kind is not None)
+
+
+def _as_trained(model: torch.nn.Module, problem: Problem) -> torch.autocast:
     "Autocast as in the training, which a trained model keeps in its forward pass: the reference beside it must have it too."
-    kind = next((kind for name, kind in (("bf16", torch.bfloat16), ("fp16", torch.float16)) if problem.arguments.get(name)), None)
-    return torch.autocast(next(model.parameters()).device.type, kind, enabled=kind is not None)
+    return autocast(next((name for name in ("bf16", "fp16") if problem.arguments.get(name)), "no"), next(model.parameters()).device.type)
 
 
 def measure(model: torch.nn.Module, reference: torch.nn.Module | None, problem: Problem) -> dict[str, float]:
     "What the task measures of a policy, and `held_out_metrics` unless the task measures accuracy itself."
-    with _arithmetic(model, problem):
+    with _as_trained(model, problem):
         metrics = problem.evaluate(model)
         return metrics if "accuracy" in metrics else {**metrics, **held_out_metrics(model, reference, problem)}
 
@@ -399,7 +404,7 @@ class _Seed:
     @functools.cached_property
     def start(self) -> dict:
         "What is measured of the reference; its SeqKLs to itself are zero."
-        with _arithmetic(self.reference, self.problem): metrics = self.problem.evaluate(self.reference)
+        with _as_trained(self.reference, self.problem): metrics = self.problem.evaluate(self.reference)
         return metrics if "accuracy" in metrics else {**metrics, "kl_chosen": 0.0, "kl_rejected": 0.0}
 
 # %% ../../nbs/experiments/30_compare.ipynb #a037676b

@@ -6,8 +6,7 @@
 __all__ = ['MATCHED', 'SUITES', 'PAIR_STAGES', 'PAIR_COLUMNS', 'Precision', 'pick_precision', 'load_tokenizer', 'load_model',
            'lora', 'sft_rows', 'SFTConfig', 'sft', 'accumulation', 'checkpointing', 'HubConfig', 'made_up_pairs',
            'count_words', 'hold_out', 'PairData', 'load_pairs', 'pair_accuracies', 'length_baseline', 'wins',
-           'autocast', 'PairMeasure', 'run_suites', 'text_rows', 'prepare_pairs', 'pair_table', 'run_heading',
-           'measured_runs']
+           'PairMeasure', 'run_suites', 'text_rows', 'prepare_pairs', 'pair_table', 'run_heading', 'measured_runs']
 
 # %% ../../nbs/experiments/33_hub_models.ipynb #a54ec7c2
 import importlib.util
@@ -30,7 +29,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from ..data import PreferenceCollator, load_preferences, prepare
 from ..evaluation import Samples, diversity, estimate, length_controlled, predictive_entropy, preference_table, sample, sample_kl, win_rate
-from .compare import Problem, comparison_table, read_json, write_json
+from .compare import Problem, autocast, comparison_table, read_json, write_json
 from .judges import open_judge
 from .scratch import ScratchConfig, Stages, fastest_device, fresh_model, held_out_loss, train_lm, train_tokenizer
 from ..trainer import disable_dropout
@@ -308,12 +307,6 @@ def wins(
     return {"win_rate": said.rate.value, "win_rate_se": said.rate.se, **({"win_rate_lc": length_controlled(*zip(*read))} if len(read) > 1 else {})}
 
 # %% ../../nbs/experiments/33_hub_models.ipynb #45ab1bad
-def autocast(mixed: str) -> torch.autocast:
-    "Autocast as `Precision.mixed` says."
-    kind = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed)
-    return torch.autocast("cuda", kind, enabled=kind is not None)
-
-
 @dataclass
 class PairMeasure:
     "Everything that is measured of a policy on held-out pairs and prompts."

@@ -28,8 +28,8 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ..data import PreferenceCollator, load_texts, prepare, qa_pair, shared_prefix
 from ..evaluation import Samples, encode_prompt, preference_table, reward_kl_point, sample
-from .compare import TASKS, VARIANTS, LossRun, Problem, Task, write_json
-from .hub import (HubConfig, SFTConfig, accumulation, autocast, checkpointing, load_model, load_pairs, load_tokenizer, lora, pick_precision,
+from .compare import TASKS, VARIANTS, LossRun, Problem, Task, autocast, write_json
+from .hub import (HubConfig, SFTConfig, accumulation, checkpointing, load_model, load_pairs, load_tokenizer, lora, pick_precision,
                                      prepare_pairs, sft, sft_rows)
 from .scratch import ScratchConfig, Stages, fastest_device, fresh_model, train_lm
 

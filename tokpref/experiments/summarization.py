@@ -15,8 +15,8 @@ from statistics import mean
 
 from ..data import load_texts
 from ..evaluation import sample
-from .compare import TASKS, Problem, Task, read_json, write_json
-from .hub import PAIR_STAGES, HubConfig, autocast, count_words, prepare_pairs, wins
+from .compare import TASKS, Problem, Task, autocast, read_json, write_json
+from .hub import PAIR_STAGES, HubConfig, count_words, prepare_pairs, wins
 from .judges import BETTER_SUMMARY, open_judge
 from .scratch import Stages
 
