@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from tokpref import LOSSES, token_stats
 
-try: from tokpref.engine import pair_loss
+try: from tokpref.engine.one_pass import pair_loss
 except ImportError: pair_loss = None        # a tokpref from before its one-pass engine
 
 _LABELS = {"dpo": "DPO", "tdpo2": "TDPO2", "tbpo_a": "TBPO-A"}

@@ -242,7 +242,7 @@ def test_ref_logps_of_another_length_are_refused(tokenizer):
 
 
 def test_the_engine_reads_the_batch(tokenizer):
-    stats = pytest.importorskip("tokpref.stats")
+    stats = pytest.importorskip("tokpref.engine.stats")
     prepared, _ = prepare(some_rows(4), tokenizer, max_length=40)
     torch.manual_seed(0)
     model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_positions=64, n_layer=1, n_head=2, n_embd=8,

@@ -11,8 +11,8 @@ from peft import LoraConfig, get_peft_model
 from torch.testing import assert_close
 
 from tokpref import LOSSES, BaselineHead, PairLoss, PreferenceCollator, TokenStats, engine, pair_loss, pair_stats, token_stats
-from tokpref.packing import pack_pairs, packed_inputs, packing_obstacle, segment_attention, split_by_tokens
-from tokpref.stats import Head
+from tokpref.engine.packing import pack_pairs, packed_inputs, packing_obstacle, segment_attention, split_by_tokens
+from tokpref.engine.stats import Head
 
 SMALL = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, head_dim=8,
              vocab_size=41, max_position_embeddings=32, pad_token_id=0, bos_token_id=1, eos_token_id=2)

@@ -221,7 +221,7 @@ def test_implicit_rewards_are_the_same_whatever_the_loss(model, reference, loss)
 
 
 def test_metrics_equal_those_of_the_trainers_evaluation(model, reference, tokenizer, tmp_path):
-    from tokpref.trainer import PreferenceConfig, PreferenceTrainer
+    from tokpref.training import PreferenceConfig, PreferenceTrainer
     rows = Dataset.from_list([{k: v for k, v in row.items() if k != "row"} for row in ROWS] * 3)
     args = PreferenceConfig(output_dir=str(tmp_path), loss="tdpo2", beta=0.3, per_device_eval_batch_size=4, report_to=[], disable_tqdm=True)
     trainer = PreferenceTrainer(model=model, args=args, ref_model=reference, train_dataset=rows, eval_dataset=rows, processing_class=tokenizer)

@@ -17,9 +17,10 @@ from peft import LoraConfig
 
 from tokpref.data import PreferenceCollator
 from tokpref.evaluation import estimate, preference_metrics, sample, sample_kl
-from tokpref.experiments import baselines
-from tokpref.experiments import compare as harness
-from tokpref.experiments import scratch, sentiment, toy
+from tokpref.experiments.compare import baselines
+from tokpref.experiments.compare import run as harness
+from tokpref.experiments import scratch
+from tokpref.experiments.tasks import sentiment, toy
 from tokpref.experiments.compare import (TASKS, VARIANTS, LossRun, RunConfig, compare, comparison_figure, comparison_table, find_task,
                                          resolve_losses, summarise)
 from tokpref.losses import LOSSES, LossSpec
@@ -116,7 +117,7 @@ def test_what_a_run_is_made_of(monkeypatch):
     "Of the losses only its own; trainer and engine; nothing that draws or prints."
     shared = {str(path.relative_to(harness._ROOT)).replace("\\", "/") for path in harness._SHARED}
     assert {"losses/types.py", "trainer.py", "engine.py", "scores.py", "packing.py", "stats.py", "data.py", "reference.py", "evaluation.py",
-            "experiments/compare.py", "experiments/scratch.py"} <= shared
+            "experiments/compare/run.py", "experiments/scratch.py"} <= shared
     assert not {"losses/dpo.py", "plots.py", "cli.py", "experiments/toy.py"} & shared
     dpo, behind = LOSSES["dpo"].fn, harness._code_behind
     assert behind(dpo) == behind(functools.partial(dpo, beta=2.0)) != behind(LOSSES["tdpo2"].fn) and behind(dpo, find_task("toy").prepare) != behind(dpo)

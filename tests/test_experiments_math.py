@@ -7,9 +7,9 @@ import torch
 
 from tokpref import data
 from tokpref.evaluation import Samples
-from tokpref.experiments import math as stories
+from tokpref.experiments.tasks import math as stories
 from tokpref.experiments.compare import TASKS, compare, find_task, resolve_losses
-from tokpref.experiments.math import (CARELESS, GSM8KConfig, breaks, careless_solution, check_solution, draw_problems, exact_match, final_answer, marked_samples, math_tokenizer, solution_pairs,
+from tokpref.experiments.tasks.math import (CARELESS, GSM8KConfig, breaks, careless_solution, check_solution, draw_problems, exact_match, final_answer, marked_samples, math_tokenizer, solution_pairs,
                                       split_problems)
 from tokpref.experiments.scratch import ScratchConfig, fresh_model, train_lm, train_tokenizer
 

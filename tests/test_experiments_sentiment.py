@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
-from tokpref.experiments import sentiment
+from tokpref.experiments.tasks import sentiment
 from tokpref.experiments.compare import compare, find_task
 from tokpref.experiments.scratch import ScratchConfig, fresh_model, train_tokenizer
 

@@ -3,10 +3,10 @@ import json
 
 import pytest
 
-from tokpref.experiments import summarization
+from tokpref.experiments.tasks import summarization
 from tokpref.experiments.compare import compare, find_task
 from tokpref.experiments.judges import longer_is_better
-from tokpref.experiments.summarization import SummarizationConfig, load_posts, made_up_posts, summary_metrics, temperature_table
+from tokpref.experiments.tasks.summarization import SummarizationConfig, load_posts, made_up_posts, summary_metrics, temperature_table
 
 QUICK = {"train_pairs": 40, "eval_pairs": 16, "lm_tokens": 5000, "steps": 2, "eval_steps": 1, "posts": 6, "prompts": 4, "losses": ["dpo"]}
 
@@ -52,7 +52,7 @@ def test_references_come_from_a_file_of_posts(tmp_path):
 
 def test_a_judge_without_a_key_stops_before_any_loss_is_trained(tmp_path, monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    monkeypatch.setattr("tokpref.experiments.compare.train_one", None)
+    monkeypatch.setattr("tokpref.experiments.compare.run.train_one", None)
     with pytest.raises(PermissionError, match="set OPENAI_API_KEY"):
         compare("summarization", "smoke", out=tmp_path, overrides={**QUICK, "judge": "m@http://127.0.0.1:9/v1"}, progress=False)
 

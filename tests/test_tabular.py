@@ -4,7 +4,7 @@ import torch
 from torch.testing import assert_close
 
 from tokpref.losses import LOSSES
-from tokpref.tabular import (
+from tokpref.exact import (
     TokenTree, conditionals, fit, kl_divergence, objective, occupancy, occupancy_kl, one_step_policy, random_tree,
     reference_advantage, response_logps, sequence_optimum, sequence_pairs, soft_policy, soft_values, table_stats, token_pairs,
 )

@@ -12,7 +12,7 @@ from transformers import BloomConfig, BloomForCausalLM, OPTConfig, OPTForCausalL
 
 from tokpref import LOSSES, PreferenceConfig, PreferenceTrainer, prepare
 from tokpref.losses.types import LossSpec, PairLoss
-from tokpref.trainer import disable_dropout, load_baseline_head, model_card
+from tokpref.training import disable_dropout, load_baseline_head, model_card
 
 PAIRS = [{"prompt": f"say {word} ", "chosen": word + "!", "rejected": other + ", never"}
          for word in ("yes", "no") for other in ("maybe", "but", "go")]
@@ -72,7 +72,7 @@ def test_a_model_without_trainable_weights_is_refused(make, model):
 
 
 def test_weights_too_coarse_for_their_updates_are_told(make, model, caplog):
-    with caplog.at_level(logging.WARNING, "tokpref.trainer"):
+    with caplog.at_level(logging.WARNING, "tokpref.training"):
         make()
         assert not caplog.messages
         make(dict(model=copy.deepcopy(model).bfloat16()))
@@ -149,11 +149,11 @@ def test_sequences_longer_than_the_model_are_refused(make, model, tokenizer, tmp
 
 def test_rows_that_are_lost_or_cut_are_told(make, caplog):
     bad = [*PAIRS, {"prompt": "a", "chosen": "b", "rejected": "b"}, {"prompt": "a", "chosen": "b", "rejected": ""}]
-    with caplog.at_level(logging.WARNING, "tokpref.trainer"): make(dict(train_dataset=bad), max_length=12)
+    with caplog.at_level(logging.WARNING, "tokpref.training"): make(dict(train_dataset=bad), max_length=12)
     said = " ".join(caplog.messages)
     assert "train: 2 of 8 pairs dropped" in said and "cut" in said and "trainer.reports['train']" in said
     caplog.clear()
-    with caplog.at_level(logging.WARNING, "tokpref.trainer"): make()
+    with caplog.at_level(logging.WARNING, "tokpref.training"): make()
     assert not caplog.messages
 
 

@@ -11,10 +11,9 @@ from .losses import __all__ as _losses
 __version__ = "0.1.0"
 
 _LAZY = {
-    "stats": ["response_stats", "split_pairs", "token_stats"],
-    "engine": ["BatchLoss", "pair_loss", "pair_stats"],
+    "engine": ["BatchLoss", "pair_loss", "pair_stats", "response_stats", "split_pairs", "token_stats"],
     "data": ["PreferenceCollator", "load_preferences", "load_texts", "prepare"],
-    "trainer": ["PreferenceConfig", "PreferenceTrainer"],
+    "training": ["PreferenceConfig", "PreferenceTrainer"],
     "evaluation": ["preference_metrics", "sample", "sample_kl"],
     "experiments.compare": ["compare"],
 }

@@ -16,7 +16,7 @@ from transformers import PrinterCallback, TrainerCallback
 from tokpref import token_stats
 from tokpref.data import PreferenceCollator
 from tokpref.experiments.compare import _arguments, find_task, resolve_losses, versions
-from tokpref.trainer import PreferenceTrainer
+from tokpref.training import PreferenceTrainer
 
 ROOT = Path(__file__).resolve().parent.parent
 PAIR = {"prompt": "I went to see this film with my sister",
