@@ -27,7 +27,7 @@ setup(
     license="Apache-2.0",
     keywords=cfg["keywords"],
     packages=find_packages(include=["tokpref", "tokpref.*"]),
-    package_data={"tokpref": ["**/*.yaml", "**/*.json", "**/*.jsonl"]},
+    package_data={"tokpref": ["**/*.yaml", "**/*.json", "**/*.jsonl", "**/*.toml"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
     extras_require={extra: cfg[f"{extra}_requirements"].split() for extra in ("notebooks", "dev", "site")},

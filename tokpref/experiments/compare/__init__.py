@@ -1,12 +1,15 @@
 """Every loss from one start."""
 
-from .run import (VARIANTS, BASELINES, TASKS, LossRun, Baseline, RunConfig, parse_label, swept, resolve_losses,
-    Problem, Task, find_task, PathCallback, run_arguments, held_out_metrics, autocast, measure, train_one,
+from .labels import VARIANTS, LossRun, parse_label
+from .problem import Problem, RunConfig, Task
+from .profiles import read_profiles
+from .run import (BASELINES, TASKS, Baseline, swept, resolve_losses,
+    find_task, PathCallback, run_arguments, held_out_metrics, autocast, measure, train_one,
     fingerprint, own_settings, write_json, read_json, versions, hardware, compare, merge_records, optimal_reward,
     summarise, comparison_table, read_path, path_band, paired_difference, comparison_figure, history_figure)
 
 __all__ = ["VARIANTS", "BASELINES", "TASKS", "LossRun", "Baseline", "RunConfig", "parse_label", "swept",
-           "resolve_losses", "Problem", "Task", "find_task", "PathCallback", "run_arguments", "held_out_metrics",
-           "autocast", "measure", "train_one", "fingerprint", "own_settings", "write_json", "read_json", "versions",
-           "hardware", "compare", "merge_records", "optimal_reward", "summarise", "comparison_table", "read_path",
-           "path_band", "paired_difference", "comparison_figure", "history_figure"]
+           "resolve_losses", "Problem", "Task", "read_profiles", "find_task", "PathCallback", "run_arguments",
+           "held_out_metrics", "autocast", "measure", "train_one", "fingerprint", "own_settings", "write_json",
+           "read_json", "versions", "hardware", "compare", "merge_records", "optimal_reward", "summarise",
+           "comparison_table", "read_path", "path_band", "paired_difference", "comparison_figure", "history_figure"]
