@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-# %% ../../../nbs/experiments/compare/00_labels.ipynb #003e0fba
+# %% ../../../nbs/experiments/compare/00_labels.ipynb #873973f4
 @dataclass(frozen=True)
 class LossRun:
     "One line of a comparison: a loss by name, its options, and what differs from the task's own settings."
@@ -20,7 +20,7 @@ class LossRun:
     beta: float | None = None                       # None: the task's
     learning_rate: float | None = None              # None: the task's
 
-# %% ../../../nbs/experiments/compare/00_labels.ipynb #383b5b5c
+# %% ../../../nbs/experiments/compare/00_labels.ipynb #8f7d203b
 VARIANTS: dict[str, LossRun] = {
     "dpo": LossRun("dpo"),
     "dpo-fkl": LossRun("dpo", {"f_divergence": "forward_kl"}),
@@ -35,7 +35,7 @@ VARIANTS: dict[str, LossRun] = {
     "tbpo_a": LossRun("tbpo_a"),
 }
 
-# %% ../../../nbs/experiments/compare/00_labels.ipynb #f170966c
+# %% ../../../nbs/experiments/compare/00_labels.ipynb #0dd048b2
 def parse_label(label: str) -> tuple[str, dict]:
     """A label as its name and its settings.
 
@@ -54,7 +54,7 @@ def parse_label(label: str) -> tuple[str, dict]:
         except json.JSONDecodeError: settings[key] = value
     return name, settings
 
-# %% ../../../nbs/experiments/compare/00_labels.ipynb #87203a47
+# %% ../../../nbs/experiments/compare/00_labels.ipynb #9bbb2306
 def with_options(
     run: LossRun,       # what the name stands for
     name: str,          # the name, which may promise options

@@ -19,7 +19,7 @@ from transformers.training_args import OptimizerNames
 from ...losses.types import check_not_negative, check_positive, nearest
 from .labels import VARIANTS, LossRun
 
-# %% ../../../nbs/experiments/compare/01_problem.ipynb #3d13d2ed
+# %% ../../../nbs/experiments/compare/01_problem.ipynb #f691e7c7
 @dataclass(frozen=True)
 class RunConfig:
     """How a comparison trains every loss. A task's configuration inherits from it and adds how its problem is made.
@@ -54,7 +54,7 @@ class RunConfig:
         for label, settings in self.tuning.items():
             for name in settings: check_name(f"tuning of {label!r}", name, ["beta", "learning_rate"])
 
-# %% ../../../nbs/experiments/compare/01_problem.ipynb #ee15bace
+# %% ../../../nbs/experiments/compare/01_problem.ipynb #9fdc8525
 def check_count(name: str, value: int, least: int = 1) -> None:
     "Raise `ValueError` unless `value` is a whole number of at least `least`."
     if type(value) is not int or value < least:
@@ -74,7 +74,7 @@ def check_seeds(seeds: Sequence[int]) -> tuple[int, ...]:
     if len(set(seeds)) < len(seeds): raise ValueError(f"seeds {seeds} name one twice: each is run once")
     return seeds
 
-# %% ../../../nbs/experiments/compare/01_problem.ipynb #0e1d3c07
+# %% ../../../nbs/experiments/compare/01_problem.ipynb #7e7737e0
 def _as_type(value, kind):
     "`value` as a value of type `kind`; `TypeError` if it is none."
     origin, parts = get_origin(kind), get_args(kind)
@@ -97,7 +97,7 @@ def _as_one_of(value, kinds):
         except TypeError: pass
     raise TypeError
 
-# %% ../../../nbs/experiments/compare/01_problem.ipynb #a3771b6b
+# %% ../../../nbs/experiments/compare/01_problem.ipynb #f08b08aa
 def as_setting(
     kind: type[RunConfig],  # the configuration
     name: str,              # of a setting
@@ -112,7 +112,7 @@ def as_setting(
         text = wanted.__name__ if isinstance(wanted, type) and not get_args(wanted) else str(wanted)
         raise TypeError(f"setting {name!r} must be {text}; got {value!r}") from None
 
-# %% ../../../nbs/experiments/compare/01_problem.ipynb #50b6f628
+# %% ../../../nbs/experiments/compare/01_problem.ipynb #8c7f3223
 @dataclass
 class Problem:
     "What every loss of a comparison starts from."
@@ -132,7 +132,7 @@ class Problem:
     adapter: Any = None                             # a PEFT configuration, an adapter for each run; None: all weights
     arguments: dict = field(default_factory=dict)   # more fields of PreferenceConfig, such as precision
 
-# %% ../../../nbs/experiments/compare/01_problem.ipynb #99227f44
+# %% ../../../nbs/experiments/compare/01_problem.ipynb #fccff0bc
 @dataclass(frozen=True)
 class Task:
     """A named problem with its profiles.

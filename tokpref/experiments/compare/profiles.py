@@ -20,7 +20,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-# %% ../../../nbs/experiments/compare/02_profiles.ipynb #8610ee9d
+# %% ../../../nbs/experiments/compare/02_profiles.ipynb #6ab59d1e
 def _settings_of(name: str, tables: Mapping[str, Any], seen: tuple[str, ...] = ()) -> dict[str, Any]:
     "The settings of one profile, those that it takes over first."
     own = dict(tables[name])
@@ -30,7 +30,7 @@ def _settings_of(name: str, tables: Mapping[str, Any], seen: tuple[str, ...] = (
     if other in (*seen, name): raise ValueError(f"like = {other!r} leads back to the profile itself")
     return {**_settings_of(other, tables, (*seen, name)), **own}
 
-# %% ../../../nbs/experiments/compare/02_profiles.ipynb #f1350584
+# %% ../../../nbs/experiments/compare/02_profiles.ipynb #56c1af69
 def read_profiles(
     path: str | Path,           # a file, or the name of a task: that of the package, profiles/<name>.toml
     kind: type[RunConfig] | Mapping[str, type[RunConfig]],  # the configuration, or one for each profile

@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['BASELINES', 'TASKS', 'Baseline', 'swept', 'resolve_losses', 'find_task', 'PathCallback', 'run_arguments',
-           'held_out_metrics', 'autocast', 'measure', 'train_one', 'fingerprint', 'own_settings', 'write_json',
-           'read_json', 'versions', 'hardware', 'compare', 'merge_records', 'optimal_reward', 'summarise',
+           'held_out_metrics', 'autocast', 'measure', 'train_one', 'compare', 'optimal_reward', 'summarise',
            'comparison_table', 'read_path', 'path_band', 'paired_difference', 'comparison_figure', 'history_figure']
 
 # %% ../../../nbs/experiments/compare/09_run.ipynb #7e1efb15
@@ -13,20 +12,16 @@ import contextlib
 import copy
 import functools
 import gc
-import hashlib
 import importlib
-import importlib.metadata
 import inspect
-import json
 import logging
 import os
-import platform
 import re
 import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import datasets
@@ -38,12 +33,12 @@ from tqdm import tqdm
 from transformers import PrinterCallback, TrainerCallback
 from transformers.utils import logging as transformers_logging
 
-from ... import __version__
 from ...data import PreferenceCollator, prepare
 from ...engine.one_pass import pair_stats
 from ...losses import LOSSES
 from .labels import VARIANTS, LossRun, parse_label, with_options
 from .problem import Problem, RunConfig, Task
+from .record import fingerprint, hardware, read_json, versions, write_json
 from ...losses.types import nearest
 from ...engine.stats import evaluating
 from ...training import PreferenceConfig, PreferenceTrainer
@@ -237,45 +232,6 @@ def train_one(
     return {"metrics": {**path.history[-1], **more}, "history": path.history, "log": log, "seconds": round(seconds, 2),
             "evaluation_seconds": round(path.seconds, 2), "peak_mb": peak}
 
-# %% ../../../nbs/experiments/compare/09_run.ipynb #83c7a602
-def fingerprint(value) -> str:
-    "Eight hexadecimal digits of a JSON-able value, the same on every machine."
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:8]
-
-
-def own_settings(config: RunConfig) -> dict:
-    "What a task adds to `RunConfig`: the settings that decide what its problem is."
-    shared = {f.name for f in fields(RunConfig)}
-    return {name: value for name, value in asdict(config).items() if name not in shared}
-
-
-def write_json(path: Path, value) -> None:
-    "Write in one go: a file that exists is a whole file."
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(value, indent=1), encoding="utf-8")
-    part.replace(path)
-
-
-def read_json(path: Path):
-    "What `write_json` wrote."
-    return json.loads(path.read_text(encoding="utf-8"))
-
-# %% ../../../nbs/experiments/compare/09_run.ipynb #cd0f63c9
-def versions() -> dict[str, str]:
-    "Versions of what a number may depend on."
-    names = ("torch", "transformers", "tokenizers", "datasets", "accelerate", "numpy")
-    return {"python": platform.python_version(), "tokpref": __version__, **{name: importlib.metadata.version(name) for name in names}}
-
-
-def hardware() -> dict:
-    "Processor, threads and accelerator."
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor() or platform.machine())
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {"system": platform.system(), "cpu": model, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": gpu}
-
 # %% ../../../nbs/experiments/compare/09_run.ipynb #e17bb2a4
 @dataclass
 class _Seed:
@@ -419,19 +375,6 @@ def compare(
               "problem": problem.info, "start": start, "value": problem.value, "optimum": [list(point) for point in problem.optimum], "runs": results}
     write_json(folder / "comparison.json", record)
     return record
-
-# %% ../../../nbs/experiments/compare/09_run.ipynb #905123bb
-def merge_records(
-    first: dict,        # what `compare` returned
-    *others: dict,      # of the same task, profile and settings
-) -> dict:              # as `first`, with the runs of all
-    "The runs of several comparisons as one record. Raises `ValueError` when they differ in more than their runs."
-    runs = {(run["label"], run["seed"]): run for record in (first, *others) for run in record["runs"]}
-    for record in others:
-        differ = [name for name in ("task", "profile", "config") if record[name] != first[name]]
-        if differ: raise ValueError(f"the records differ in {differ[0]}: only runs of the same comparison can be put together")
-    spent = sum(run.get("seconds", 0) + run.get("evaluation_seconds", 0) for run in runs.values())
-    return {**first, "seeds": sorted({seed for _, seed in runs}), "wall_seconds": round(spent, 1), "runs": list(runs.values())}
 
 # %% ../../../nbs/experiments/compare/09_run.ipynb #736ebc29
 def optimal_reward(
