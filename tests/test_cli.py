@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from tokpref import cli, trainer
+from tokpref import cli, training
 from tokpref.cli import main, read_yaml, train_settings
 
 PAIRS = [{"prompt": f"say {word} ", "chosen": word + "!", "rejected": other + ", never"}
@@ -43,8 +43,8 @@ def made(monkeypatch):
     def make(*args, **kwargs):
         made.append(trainer_class(*args, **kwargs))
         return made[-1]
-    trainer_class = trainer.PreferenceTrainer
-    monkeypatch.setattr(trainer, "PreferenceTrainer", make)
+    trainer_class = training.PreferenceTrainer
+    monkeypatch.setattr(training, "PreferenceTrainer", make)
     return made
 
 
@@ -139,7 +139,7 @@ def test_tbpo_q_is_evaluated_with_its_head(run, home):
     assert run("train", "--model", home / "model", "--loss", "tbpo_q", "--output", home / "out", *more)[0] == 0
     code, text = run("evaluate", "--model", home / "out", "--ref", home / "model", "--split", "train", "--loss", "tbpo_q")
     assert code == 0, text
-    head = trainer.load_baseline_head(home / "out")
+    head = training.load_baseline_head(home / "out")
     assert head.layers[-1].weight.abs().max() > 0
     code, text = run("evaluate", "--model", home / "model", "--ref", home / "model", "--split", "train", "--loss", "tbpo_q")
     assert code == 2 and "model holds no baseline_head.safetensors" in text

@@ -1,6 +1,8 @@
 """What the trainer says before the first step, and what it computes where precision, adapters and precomputed numbers meet."""
 import copy
+import doctest
 import logging
+import re
 
 import pytest
 import torch
@@ -10,9 +12,12 @@ from torch import nn
 from torch.testing import assert_close
 from transformers import BloomConfig, BloomForCausalLM, OPTConfig, OPTForCausalLM, TrainingArguments
 
-from tokpref import LOSSES, PreferenceConfig, PreferenceTrainer, prepare
+from tokpref import LOSSES, PreferenceConfig, PreferenceTrainer, metrics, prepare
 from tokpref.losses.types import LossSpec, PairLoss
-from tokpref.training import disable_dropout, load_baseline_head, model_card
+from tokpref.models import disable_dropout
+from tokpref.training import load_baseline_head, model_card
+from tokpref.training.card import hub_name
+from tokpref.training.setup import not_finite
 
 PAIRS = [{"prompt": f"say {word} ", "chosen": word + "!", "rejected": other + ", never"}
          for word in ("yes", "no") for other in ("maybe", "but", "go")]
@@ -157,6 +162,21 @@ def test_rows_that_are_lost_or_cut_are_told(make, caplog):
     assert not caplog.messages
 
 
+def test_pairs_of_like_length_can_share_a_batch(make):
+    "Less padding than in batches put together by chance; a row counts its prompt and its longer response."
+    rows = [{"prompt": "say ", "chosen": "y" * n, "rejected": "no"} for n in range(1, 41)]
+    padding = {}
+    for strategy in ("random", "group_by_length"):
+        trainer = make(dict(train_dataset=rows, eval_dataset=rows[:8]), train_sampling_strategy=strategy,
+                       per_device_train_batch_size=4, per_device_eval_batch_size=4)
+        batches = [batch["attention_mask"][:4] for batch in trainer.get_train_dataloader()]
+        padding[strategy] = sum(int((mask == 0).sum()) for mask in batches)
+    assert trainer.train_dataset["length"][:] == [len("say ") + max(n, 2) + 1 for n in range(1, 41)]
+    assert padding["group_by_length"] < 0.8 * padding["random"]
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] > 0
+
+
 def test_datasets_are_taken_in_every_form(make, model, tokenizer):
     rows = prepare(PAIRS, tokenizer)[0]
     trainer = make(dict(train_dataset=list(rows), eval_dataset=PAIRS))
@@ -192,9 +212,46 @@ def test_arguments_of_the_chat_template_reach_it(make, tokenizer):
     (dict(remove_unused_columns=True), "remove_unused_columns=True would remove .*leave it out"),
     (dict(loss_options="window=4"), "loss_options .* JSON"),
     (dict(loss_options=[1]), "loss_options"),
+    (dict(chunk_size=8, workspace=1000), "workspace=1000 would be ignored: chunk_size=8 decides"),
+    (dict(chunk_size=0), "chunk_size=0 has no room"),
+    (dict(eval_accumulation_steps=2), "eval_accumulation_steps would be ignored: evaluation keeps no predictions"),
+    (dict(label_names=["labels"]), "label_names would be ignored: evaluation keeps no predictions"),
+    (dict(include_for_metrics=["loss"]), "include_for_metrics would be ignored: evaluation keeps no predictions"),
 ])
 def test_a_setting_without_effect_is_refused(tmp_path, settings, said):
     with pytest.raises(ValueError, match=said): PreferenceConfig(output_dir=str(tmp_path), **settings)
+
+
+@pytest.mark.parametrize("theirs, ours", [
+    (dict(loss_type="sigmoid"), dict(loss="dpo")),
+    (dict(loss_type=["sigmoid"], label_smoothing=0.1), dict(loss="dpo", loss_options={"label_smoothing": 0.1})),
+    (dict(loss_type="ipo", beta=0.3), dict(loss="ipo", beta=0.3, loss_options={"average": True})),
+    (dict(precompute_ref_log_probs=True), dict(precompute_ref_logps=True)),
+])
+def test_names_of_trl_are_taken_where_they_mean_the_same(tmp_path, theirs, ours):
+    named, plain = (PreferenceConfig(output_dir=str(tmp_path), **settings) for settings in (theirs, ours))
+    for name in ("loss", "options", "precompute_ref_logps"): assert getattr(named, name) == getattr(plain, name)
+
+
+@pytest.mark.parametrize("settings, said", [
+    (dict(loss_type="sigmoid", loss="dpo"), "loss_type and loss='dpo' set the same thing: leave one out"),
+    (dict(precompute_ref_log_probs=True, precompute_ref_logps=False), "precompute_ref_log_probs and .* leave one out"),
+    (dict(label_smoothing=0.1, loss_options={"label_smoothing": 0.1}), "leave one out"),
+    (dict(loss_type="ipo", loss_options={"average": False}), "loss_type='ipo' and average=False set the same thing"),
+    (dict(loss_type="hinge"), "'hinge' is a loss of TRL's that is not here; .* sigmoid, ipo, .*dpo"),
+    (dict(loss_type=["sigmoid", "sft"]), "is a loss of TRL's that is not here"),
+    (dict(loss_type="tdpo2"), "is no name of TRL's: say loss='tdpo2'"),
+    (dict(loss_type="ipo", label_smoothing=0.1), "label_smoothing"),
+])
+def test_names_of_trl_that_mean_something_else_are_refused(tmp_path, settings, said):
+    with pytest.raises(ValueError, match=said): PreferenceConfig(output_dir=str(tmp_path), **settings)
+
+
+def test_log_probs_that_trl_precomputed_are_refused(make):
+    sums = [pair | {"ref_chosen_logps": -3.0, "ref_rejected_logps": -4.0} for pair in PAIRS]
+    said = "train: ref_chosen_logps and ref_rejected_logps hold one number a response, .*token by token: remove"
+    for data in (sums, Dataset.from_list(sums)):
+        with pytest.raises(ValueError, match=said): make(dict(train_dataset=data))
 
 
 @pytest.mark.parametrize("name", ["compute_metrics", "compute_loss_func", "preprocess_logits_for_metrics"])
@@ -230,6 +287,18 @@ def test_a_token_budget_is_refused_only_where_it_changes_the_loss(make, monkeypa
 
 # After training
 
+def test_the_examples_of_metrics_are_right():
+    result = doctest.testmod(metrics)
+    assert result.attempted >= 8 and result.failed == 0
+
+
+def test_the_card_names_no_folder(make, model):
+    for name, shown in (("/gone/by/now", ""), ("Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-0.5B"), ("gpt2", "gpt2"), ("", "")):
+        model.config._name_or_path = name
+        assert hub_name(model) == shown
+        assert ("base_model" in model_card(make(dict(model=model)))) == bool(shown)
+
+
 def test_the_card_says_how_far_training_went(make):
     trainer = make(max_steps=3, num_train_epochs=7.0, per_device_train_batch_size=2)
     trainer.train()
@@ -245,8 +314,7 @@ def test_a_broken_run_names_a_checkpoint_from_before_it_broke(make, tmp_path):
     (tmp_path / "out" / "checkpoint-best").mkdir()
     trainer = make()
     for now, said in ((1, "no checkpoint is older"), (2, "go on from checkpoint-1$"), (9, "go on from checkpoint-1$")):
-        trainer.state.global_step = now
-        with pytest.raises(FloatingPointError, match=said): raise FloatingPointError(trainer._diagnosis([0]))
+        assert re.search(said, not_finite(now, [0], trainer.args.output_dir, 1e-3))
 
 
 @pytest.mark.parametrize("width", [0, 8])

@@ -243,17 +243,18 @@ def run_evaluate(args: argparse.Namespace) -> None:
     from tokpref.data import PreferenceCollator
     from tokpref.evaluation import preference_metrics
     from tokpref.experiments.scratch import fastest_device
-    from tokpref.training.trainer import _causal_lm, load_baseline_head
+    from tokpref.models import load_model
+    from tokpref.training import load_baseline_head
     if not args.data: raise ValueError("--data is missing: say which preference pairs to measure on")
     options = _options("--loss-options", args.loss_options)
     _check_options_given(args.loss, options, "--loss-options '{window: 4}'")
-    tokenizer, model = _tokenizer(args.model), _causal_lm(args.model)
+    tokenizer, model = _tokenizer(args.model), load_model(args.model)
     if args.ref is None and not hasattr(model, "disable_adapter"):
         raise ValueError("--ref is missing: say which model this one was trained from (an adapter would not need it)")
     rows, report = _prepared(args, "test", tokenizer, "evaluation", 2)
     print(report, file=sys.stderr)
     on, device = lambda module: module and module.to(device), fastest_device()
-    metrics = preference_metrics(on(model), on(_causal_lm(args.ref) if args.ref else None), rows, PreferenceCollator(tokenizer.pad_token_id),
+    metrics = preference_metrics(on(model), on(load_model(args.ref) if args.ref else None), rows, PreferenceCollator(tokenizer.pad_token_id),
                                  args.loss, args.beta, options, args.batch_size,
                                  baseline=on(load_baseline_head(args.model) if LOSSES[args.loss].baseline else None))
     _print_metrics(metrics)
