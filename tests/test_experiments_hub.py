@@ -5,6 +5,7 @@ import os
 import sys
 import types
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,10 +13,28 @@ from datasets import Dataset
 from peft import get_peft_model
 
 from tokpref.data import prepare
-from tokpref.experiments import hub
+from tokpref.experiments import pretrained
 from tokpref.experiments.compare import TASKS, Task, compare, comparison_figure, comparison_table, find_task, resolve_losses
-from tokpref.experiments.hub import (HubConfig, PairMeasure, SFTConfig, hold_out, length_baseline, load_model, load_pairs, load_tokenizer, lora, made_up_pairs,
-                                     measured_runs, pair_accuracies, pair_table, pick_precision, prepare_pairs, run_suites, sft, sft_rows)
+from tokpref.experiments.pretrained import (
+    HubConfig,
+    PairMeasure,
+    SFTConfig,
+    hold_out,
+    length_baseline,
+    load_pairs,
+    made_up_pairs,
+    measured_runs,
+    pair_accuracies,
+    pair_table,
+    prepare_pairs,
+    results_folder,
+    run_suites,
+    sft,
+    sft_rows,
+    stored_result,
+)
+from tokpref.experiments.scratch import Stages
+from tokpref.models import load_model, load_tokenizer, lora, pick_precision
 
 QUICK = HubConfig(test_split="", eval_pairs=24, train_pairs=48, max_length=100, max_prompt_length=50, max_new_tokens=6, prompts=6, eval_batch=16, precision="float32",
                   losses=("dpo", "tdpo2"), steps=3, eval_steps=2, batch_size=8, learning_rate=1e-3)
@@ -77,17 +96,17 @@ def test_fine_tuning_resumes_and_small_batches_change_nothing(named, tokenizer, 
     pairs, _ = prepare(made_up_pairs(12, seed=0), tokenizer, max_length=110, examples=0)
     rows, precision = sft_rows(pairs), pick_precision("float32")
     config = SFTConfig(epochs=2, batch_size=4, learning_rate=1e-3, warmup_steps=1, optimizer="adamw_torch", save_steps=2)
-    tune = lambda name, **more: weights(sft(load_model(named), tokenizer, rows, replace(config, **more), tmp_path / name, precision))
+    tune = lambda name, **more: weights(sft(load_model(named), tokenizer, rows, replace(config, **more), folder=tmp_path / name, precision=precision))
     whole = tune("whole")
     torch.testing.assert_close(tune("small", micro_batch=2), whole, rtol=1e-3, atol=1e-5)
-    real, calls = hub.Trainer.training_step, []
+    real, calls = pretrained.start.Trainer.training_step, []
 
     def stops(*args, **kwargs):
         calls.append(1)
         if len(calls) == 4: raise KeyboardInterrupt
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(hub.Trainer, "training_step", stops)
+    monkeypatch.setattr(pretrained.start.Trainer, "training_step", stops)
     with pytest.raises(KeyboardInterrupt): tune("stopped")
     assert [p.name for p in (tmp_path / "stopped").glob("checkpoint-*")] == ["checkpoint-2"]
     torch.testing.assert_close(tune("stopped"), whole, rtol=0, atol=0)
@@ -99,13 +118,14 @@ def test_only_responses_are_learnt_and_repeats_count_once(tokenizer):
     (row,) = sft_rows(pairs)
     assert [label for label in row["labels"] if label != -100] == pairs[0]["chosen_ids"] and row["labels"][0] == -100
     assert len(sft_rows(pairs, "rejected")) == 2
-    with pytest.raises(ValueError, match="choose a divisor"): hub.accumulation(8, 3)
+    with pytest.raises(ValueError, match="choose a divisor"): pretrained.accumulation(8, 3)
 
 
 def test_a_merged_adapter_is_a_plain_model(named, tokenizer, tmp_path):
     pairs, _ = prepare(made_up_pairs(8, seed=0), tokenizer, max_length=110, examples=0)
     config = SFTConfig(epochs=2, batch_size=4, learning_rate=1e-2, warmup_steps=0, optimizer="adamw_torch", lora_rank=2, gradient_checkpointing=True)
-    before, tuned = load_model(named), sft(load_model(named), tokenizer, sft_rows(pairs), config, tmp_path / "work", pick_precision("float32"))
+    before, tuned = load_model(named), sft(load_model(named), tokenizer, sft_rows(pairs), config, folder=tmp_path / "work",
+                                           precision=pick_precision("float32"))
     assert not hasattr(tuned, "peft_config") and [n for n, _ in tuned.named_parameters()] == [n for n, _ in before.named_parameters()]
     assert not torch.equal(weights(tuned), weights(before))
 
@@ -170,7 +190,7 @@ def test_a_comparison_on_a_named_model(task, named, tmp_path, rank, monkeypatch)
     assert list((tmp_path / "out" / "prepared" / "verdicts").glob("*.jsonl")) and "wins" in pair_table(record).splitlines()[0]
     assert [line.split()[0] for line in pair_table(record).splitlines()[2:]] == ["start", "longer", "dpo", "tdpo2"]
     assert comparison_figure(record).axes[0].get_ylabel() == "accuracy on held-out pairs"
-    monkeypatch.setattr(hub, "sft", None)       # the stage is on disk: nothing may be tuned again
+    monkeypatch.setattr(pretrained.prepare, "sft", None)       # the stage is on disk: nothing may be tuned again
     problem = prepare_pairs(replace(QUICK, **more), tmp_path / "out" / "prepared", progress=False)
     assert not torch.equal(weights(problem.policy), weights(load_model(named))) and (problem.adapter is None) == (rank == 0)
     assert not list((tmp_path / "out" / "prepared").glob("*.checkpoints"))
@@ -210,8 +230,25 @@ def test_a_run_of_ones_own_is_read(place, tmp_path, monkeypatch, capsys):
     assert measured_runs("dialogue", ("colab",), "../results") == {"colab": {"seeds": [0]}}
 
 
+def test_results_are_those_of_the_checkout_or_of_a_named_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("TOKPREF_RESULTS", raising=False)
+    (tmp_path / "results").mkdir()
+    (tmp_path / "nbs" / "deep").mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match="open this page in a checkout"): results_folder(tmp_path / "nbs" / "deep")
+    (tmp_path / "settings.ini").touch()
+    assert results_folder(tmp_path / "nbs" / "deep") == tmp_path / "results"
+    monkeypatch.chdir(tmp_path / "nbs" / "deep")
+    assert stored_result("results/x.json") is None and "x.json is not there" in capsys.readouterr().out
+    (tmp_path / "results" / "x.json").write_text("[3]", encoding="utf-8")
+    assert stored_result("results/x.json") == [3]
+    monkeypatch.setenv("TOKPREF_RESULTS", str(tmp_path / "nbs"))
+    assert results_folder() == tmp_path / "nbs"
+    monkeypatch.setenv("TOKPREF_RESULTS", str(tmp_path / "none"))
+    with pytest.raises(FileNotFoundError, match="is not a folder"): results_folder()
+
+
 def test_fine_tuning_with_another_optimiser_is_another_stage():
-    key = lambda **changes: hub.Stages(replace(QUICK, **changes), None, hub.PAIR_STAGES).key("sft")
+    key = lambda **changes: Stages(replace(QUICK, **changes), Path(), pretrained.PAIR_STAGES).key("sft")
     assert len({key(), key(optimizer="adamw_torch"), key(max_grad_norm=1.0)}) == 3 and key() == key(beta=0.5, steps=7)
 
 
@@ -222,7 +259,7 @@ def test_every_profile_is_sound(name):
     assert list(profiles) == ["nano", "smoke", "colab", "paper"] and profiles["nano"].model == profiles["smoke"].model == "scratch"
     for config in profiles.values():
         assert set(resolve_losses(None, config)) == set(config.losses) and config.steps % config.eval_steps == 0
-        assert hub.accumulation(config.batch_size, config.micro_batch) and hub.accumulation(config.sft_batch, config.micro_batch)
+        assert pretrained.accumulation(config.batch_size, config.micro_batch) and pretrained.accumulation(config.sft_batch, config.micro_batch)
         assert config.max_prompt_length < config.max_length and (config.model == "scratch") == (config.lora_rank == 0 and "pythia-2.8b" not in config.model)
 
 

@@ -231,7 +231,7 @@ def test_a_reward_model_counts_with_what_the_card_has(reward_folder, monkeypatch
     "bfloat16 only where it isn't emulated."
     asked = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(judges.AutoModelForSequenceClassification, "from_pretrained", lambda name, dtype: asked.append(dtype) or 1 / 0)
+    monkeypatch.setattr(judges.reward_model.AutoModelForSequenceClassification, "from_pretrained", lambda name, dtype: asked.append(dtype) or 1 / 0)
     for own in (True, False):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: own or including_emulation)
         with pytest.raises(ZeroDivisionError): RewardJudge(str(reward_folder)).parts

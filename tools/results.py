@@ -98,7 +98,7 @@ def check_today(path: Path) -> list[str]:
 
 def notebooks() -> list[Path]:
     "The front page and every experiment chapter."
-    return [ROOT / "nbs" / "index.ipynb", *sorted((ROOT / "nbs" / "experiments").glob("*.ipynb"))]
+    return [ROOT / "nbs" / "index.ipynb", *sorted((ROOT / "nbs" / "experiments").rglob("*.ipynb"))]
 
 
 if __name__ == "__main__":

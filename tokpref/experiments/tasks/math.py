@@ -513,7 +513,7 @@ def _make_gsm8k_start(folder: Path, problems: Sequence[WordProblem], tokenizer, 
     settings = SFTConfig(config.sft_epochs, config.sft_batch, config.micro_batch, config.sft_learning_rate, config.sft_warmup_steps, "adamw_torch",
                          "cosine", 1.0, lora_rank=config.lora_rank, gradient_checkpointing=config.gradient_checkpointing)
     model = load_model(config.model, precision.frozen if config.lora_rank else torch.float32)
-    if config.sft_epochs: model = sft(model, tokenizer, rows, settings, work, precision, progress)
+    if config.sft_epochs: model = sft(model, tokenizer, rows, settings, folder=work, precision=precision, progress=progress)
     model.save_pretrained(folder)
     return f"{config.sft_epochs:g} epochs over {len(rows):,} solutions"
 

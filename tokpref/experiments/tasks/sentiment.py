@@ -364,7 +364,7 @@ def _make_start(folder: Path, reviews: Reviews, tokenizer, config: HubSentimentC
                          max_grad_norm=1.0, lora_rank=config.lora_rank, gradient_checkpointing=config.gradient_checkpointing)
     data = Dataset.from_list([{"input_ids": row, "attention_mask": [1] * len(row), "labels": row} for row in rows])
     start = load_model(config.model, precision.frozen if config.lora_rank else torch.float32)
-    model = sft(start, tokenizer, data, settings, folder.with_suffix(".checkpoints"), precision, progress)
+    model = sft(start, tokenizer, data, settings, folder=folder.with_suffix(".checkpoints"), precision=precision, progress=progress)
     model.save_pretrained(folder)
     shutil.rmtree(folder.with_suffix(".checkpoints"), ignore_errors=True)
     test = held_out_loss(model, openings(reviews.test[::10], tokenizer, config.context))
