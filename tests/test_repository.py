@@ -272,8 +272,9 @@ def test_the_wheel_holds_every_module(tmp_path):
 def copy(tmp_path):
     "A small project of the same shape: one notebook, its module."
     for file in ("settings.ini", "pyproject.toml"): shutil.copy(ROOT / file, tmp_path)
-    (tmp_path / "nbs" / "derivations").mkdir(parents=True)
-    shutil.copy(ROOT / "nbs" / "derivations" / "00_notation.ipynb", tmp_path / "nbs" / "derivations")
+    notebook = Path("nbs/library/losses/00_types.ipynb")
+    (tmp_path / notebook).parent.mkdir(parents=True)
+    shutil.copy(ROOT / notebook, tmp_path / notebook)
     (tmp_path / "tokpref" / "losses").mkdir(parents=True)
     for file in ("__init__.py", "losses/__init__.py", "losses/types.py"): shutil.copy(ROOT / "tokpref" / file, tmp_path / "tokpref" / file)
     subprocess.run([check.BIN / "nbdev_export"], cwd=tmp_path, check=True, capture_output=True)
@@ -294,9 +295,9 @@ def test_check_sees_an_orphan_and_a_missing_module(copy):
 
 
 def test_check_sees_an_unclean_notebook(copy):
-    path = copy / "nbs" / "derivations" / "00_notation.ipynb"
+    path = copy / "nbs" / "library" / "losses" / "00_types.ipynb"
     path.write_text(path.read_text(encoding="utf-8").replace('"execution_count": null', '"execution_count": 7', 1), encoding="utf-8")
-    assert check.exported(copy) == ["nbs/derivations/00_notation.ipynb is not clean; mend with: make prepare"]
+    assert check.exported(copy) == ["nbs/library/losses/00_types.ipynb is not clean; mend with: make prepare"]
 
 
 def test_check_sees_a_name_that_does_not_exist_and_a_module_that_does_not_import(copy):

@@ -1,11 +1,12 @@
 """Every loss of the family, and `LOSSES`, the list of them by name. Nothing here imports transformers."""
 
-from .types import LOSSES, LossSpec, PairLoss, TokenStats
-from .dpo import dpo_loss, ipo_loss, simpo_loss     # the order of the chapters is the order of LOSSES
 from .adpo import adpo_loss
-from .tdpo import tdpo_loss
 from .bregman import bpo_loss, bregman_risk
+from .dpo import dpo_loss, ipo_loss, simpo_loss
+from .registry import LOSSES, check_loss
 from .tbpo import BaselineHead, tbpo_loss
+from .tdpo import tdpo_loss
+from .types import LossSpec, PairLoss, TokenStats
 
-__all__ = ["LOSSES", "BaselineHead", "LossSpec", "PairLoss", "TokenStats", "adpo_loss", "bpo_loss", "bregman_risk", "dpo_loss",
-           "ipo_loss", "simpo_loss", "tbpo_loss", "tdpo_loss"]
+__all__ = ["LOSSES", "BaselineHead", "LossSpec", "PairLoss", "TokenStats", "adpo_loss", "bpo_loss", "bregman_risk",
+           "check_loss", "dpo_loss", "ipo_loss", "simpo_loss", "tbpo_loss", "tdpo_loss"]
