@@ -22,7 +22,8 @@ from torch.nn.attention.flex_attention import create_block_mask
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from .stats import _catch_hidden, _model_inputs, base_model, evaluating
+from .forward import catch_hidden as _catch_hidden, model_inputs as _model_inputs
+from ..models import base_model, evaluating
 
 # %% ../../nbs/library/engine/05_packing.ipynb #81376b62
 def _may_see(tokens: tuple[Tensor, Tensor, Tensor], others: tuple[Tensor, Tensor, Tensor], window: int | None = None) -> Tensor:

@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from ..data import PreferenceCollator
 from .one_pass import pair_stats
 from ..losses.types import TokenStats
-from .stats import base_model, evaluating
+from ..models import base_model, evaluating
 
 # %% ../../nbs/library/engine/07_reference.ipynb #8006cb99
 def add_ref_logps(

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from ..data import PrepReport, check_tokenizer, prepare
-from ..engine.one_pass import engine_obstacles
+from ..engine.obstacles import engine_obstacles
 from ..engine.reference import add_ref_logps, cached_ref_logps
 from ..losses import BaselineHead, LossSpec
 from ..models import add_adapter, base_model, load_model, load_tokenizer
