@@ -2,6 +2,8 @@
 import copy
 import json
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -113,9 +115,44 @@ def test_adpo_says_how_to_give_its_window(run, home):
     assert run("train", "--model", home / "model", "--loss", "adpo", "--set", "loss_options={window: 4}", "--output", home / "out", *STEP)[0] == 0
 
 
+def test_two_ways_to_resume_are_one_too_many(run, home):
+    code, text = run("train", "--model", home / "model", "--output", home / "out", "--resume",
+                     "--set", "resume_from_checkpoint=x", *STEP)
+    assert code == 2 and "--resume and resume_from_checkpoint set the same thing" in text
+    code, text = run("train", "--model", home / "model", "--output", home / "out",
+                     "--set", f"resume_from_checkpoint={home / 'none'}", *STEP)
+    assert code == 2 and "none" in text, "a checkpoint that is named in the settings is read"
+
+
+def test_names_of_trl_are_settings_too(run, home, made):
+    assert settings("--set", "loss_type=ipo", "--beta", "0.2")[1] == {
+        "output_dir": "tokpref-output", "loss": "ipo", "loss_options": {"average": True}, "beta": 0.2}
+    code, text = run("train", "--model", home / "model", "--loss", "dpo", "--set", "loss_type=sigmoid", *STEP)
+    assert code == 2 and "loss_type and loss='dpo' set the same thing" in text
+
+
 def test_help_names_the_reference_of_an_adapter(capsys):
     with pytest.raises(SystemExit): main(["train", "--help"])
     assert re.search(r"--ref REF.*an adapter.*without it", " ".join(capsys.readouterr().out.split()))
+
+
+# The way in
+
+@pytest.mark.parametrize("module", ["tokpref", "tokpref.cli"])
+def test_the_package_is_a_command(module):
+    done = subprocess.run([sys.executable, "-m", module, "--version"], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout.split()[0]) == (0, "tokpref"), done.stderr
+
+
+def test_only_the_first_process_speaks(run, home, monkeypatch):
+    train = "train", "--model", home / "model", "--eval-split", "train", "--output", home / "out", *STEP
+    assert "saved to" in run(*train)[1]
+    monkeypatch.setenv("RANK", "1")
+    assert run(*train) == (0, "")
+    assert run(*train, "--beta", "-1") == (2, "")
+    broken = "--set", "learning_rate=1e30", "--set", "max_grad_norm=0.0", "--set", "max_steps=3"
+    code, text = run("train", "--model", home / "model", "--output", home / "out", *STEP, *broken)
+    assert code == 1 and text.startswith("tokpref, process 1: the loss is not finite") and text.count("\n") == 1
 
 
 # Evaluate and data

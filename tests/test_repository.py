@@ -27,7 +27,7 @@ import readme  # noqa: E402
 NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
 CHAPTERS = [p for p in NOTEBOOKS if p.name != "index.ipynb"]
 DERIVATIONS = [p for p in NOTEBOOKS if p.parent.name == "derivations" and not p.name.startswith("00")]
-MODULES = sorted(p for p in (ROOT / "tokpref").rglob("*.py") if p.name not in ("__init__.py", "_modidx.py"))
+MODULES = sorted(p for p in (ROOT / "tokpref").rglob("*.py") if p.name not in ("__init__.py", "__main__.py", "_modidx.py"))
 SETTINGS = configparser.ConfigParser(delimiters=["="])
 SETTINGS.read(ROOT / "settings.ini", encoding="utf-8")
 SETTINGS = SETTINGS["DEFAULT"]

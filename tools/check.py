@@ -29,7 +29,7 @@ def copy_sources(root: Path, copy: Path) -> None:
     for name in ("settings.ini", "pyproject.toml"):
         shutil.copy(root / name, copy)
     shutil.copytree(root / "nbs", copy / "nbs", ignore=SKIP, symlinks=True)
-    for module in (root / "tokpref").rglob("__init__.py"):
+    for module in (path for name in ("__init__.py", "__main__.py") for path in (root / "tokpref").rglob(name)):
         target = copy / module.relative_to(root)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(module, target)
