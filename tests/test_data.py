@@ -1,5 +1,7 @@
 """Preference data across formats, files and processes, and on the real sets where they are at hand."""
+import doctest
 import gzip
+import importlib
 import importlib.util
 import json
 import os
@@ -15,8 +17,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.utils.data import DataLoader
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from tokpref import data
 from tokpref.data import LOADERS, Loader, PreferenceCollator, describe_row, load_preferences, load_texts, prepare
+from tokpref.data.prepare import encode_batch
 
 disable_progress_bars()
 WORDS = ["The sky is blue and the sea is green.", "What is the answer? The answer is 42.",
@@ -137,7 +139,7 @@ def test_message_content_must_be_text(tokenizer):
     parts = [dict(role="assistant", content=[dict(type="text", text="a")])]
     rows = [dict(prompt=[dict(role="user", content="x")], chosen=parts, rejected=parts)]
     with pytest.raises(TypeError, match="row 0: a message's content is a list"):
-        data._encode_batch({k: [rows[0][k]] for k in rows[0]}, [0], tokenizer, dict(name="toy"))
+        encode_batch({part: [rows[0][part]] for part in rows[0]}, [0], tokenizer, dict(name="toy"))
 
 
 def test_several_turns(tokenizer):
@@ -254,6 +256,19 @@ def test_the_engine_reads_the_batch(tokenizer):
         torch.testing.assert_close(a.logps, b.logps)
 
 
+@pytest.mark.parametrize("room", ["formats", "collate"])
+def test_the_examples_of_the_docstrings(room):
+    found = doctest.testmod(importlib.import_module(f"tokpref.data.{room}"))
+    assert found.attempted >= 3 and not found.failed
+
+
+def test_the_cache_knows_the_code_of_all_rooms_that_make_a_row(tokenizer, monkeypatch):
+    room, seen = importlib.import_module("tokpref.data.prepare"), []
+    monkeypatch.setattr(room, "code_digest", lambda *functions: seen.extend(f.__module__ for f in functions) or "code")
+    prepare(some_rows(1), tokenizer)
+    assert set(seen) == {f"tokpref.data.{name}" for name in ("formats", "tokens", "prepare")}
+
+
 # sources
 
 def test_every_file_format(tmp_path, no_hub):
@@ -297,7 +312,7 @@ def test_unreachable_and_broken_sources_are_one_line(tmp_path, no_hub):
 
 def test_a_gated_set_says_so(monkeypatch, no_hub):
     def refuse(*args, **kwargs): raise DatasetNotFoundError("Dataset 'a/b' is a gated dataset on the Hub. You must be authenticated.\nMore lines.")
-    monkeypatch.setattr(data, "load_dataset", refuse)
+    monkeypatch.setattr("tokpref.data.sources.load_dataset", refuse)
     with pytest.raises(FileNotFoundError, match="is a gated dataset on the Hub.*log in with `hf auth login`") as caught: load_texts("a/b")
     assert "\n" not in str(caught.value) and "More" not in str(caught.value)
 
