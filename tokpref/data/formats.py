@@ -14,7 +14,7 @@ from typing import Any
 from datasets import Dataset
 
 # %% ../../nbs/library/data/00_formats.ipynb #128b2f33
-from ..losses.types import check_unused
+from ..checks import check_unused
 
 # %% ../../nbs/library/data/00_formats.ipynb #892f902b
 SIDES = ("chosen", "rejected")

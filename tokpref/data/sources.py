@@ -23,7 +23,7 @@ from datasets import Dataset, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
 # %% ../../nbs/library/data/03_sources.ipynb #24ede6a4
-from ..losses.types import check_unused, nearest
+from ..checks import check_unused, nearest
 from .formats import PARTS, SIDES, split_pair
 
 # %% ../../nbs/library/data/03_sources.ipynb #a2e67809
