@@ -31,6 +31,8 @@ DTYPES = {"cpu": "float32", "cuda": "bfloat16"}
 PARTS = ["steps", "losses", "prompts", "memory"]
 QUIET = {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false"}
 FIRST_GPU = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+ON_CUDA = ("own-dpo", "own-tdpo2", "own-tbpo_a", "own-unshared-dpo", "own-compiled-dpo", "own-compiled-tdpo2", "trl-1.16", "liger",
+           "tdpo-tiles", "tdpo-released")
 OWN = ("own-dpo", "own-tdpo2", "own-entropy-dpo", "own-roomy-dpo", "own-roomy-tdpo2", "own-recompute-tdpo2",
        "own-unshared-dpo", "own-plain-dpo")
 LOSSES = ("own-dpo", "own-tdpo2", "own-tbpo_a", "own-roomy-dpo", "own-roomy-tdpo2")
@@ -58,9 +60,9 @@ def in_a_process(spec: dict, allocator: str) -> dict:
 class Bench:
     "One run of the benchmark: its settings, its working folder, and the results so far."
 
-    def __init__(self, args: argparse.Namespace, folder: Path):
+    def __init__(self, args: argparse.Namespace, folder: Path, rate: float):
         self.args, self.folder, self.runs, self.failed, self.started = args, folder, [], [], time.time()
-        self.dtype = DTYPES[args.device]
+        self.dtype, self.rate = DTYPES[args.device], rate
 
     def child(self, section: str, names: list[str], repeats: int, allocator: str = "default", **what) -> None:
         "Run contenders in one fresh process and keep what it measured; say so if it failed."
@@ -73,18 +75,44 @@ class Bench:
             return print(f"{label}: failed: {error}", flush=True)
         kept = {k: v for k, v in what.items() if k != "file"}
         for name, result in results.items():
-            if len(results) > 1: result["peak"] = None      # of several in one process only the first starts from a clean state
+            shared = len(results) > 1 and self.args.device == "cpu"
+            if shared: result["peak"] = None    # of several in one process only the first starts from a clean state
             self.runs.append({"section": section, "contender": name, "label": CONTENDERS[name].label, "allocator": allocator, **kept, **result})
         print(f"{time.time() - self.started:5.0f} s  {label}: {', '.join(map(report.in_brief, results.values()))}", flush=True)
+        self.save()
+
+    def result(self, rate: float) -> dict:
+        "All that is known so far, with the dense rate of the machine."
+        args = self.args
+        config = {k: v for k, v in vars(args).items() if k != "out"} | {"dtype": self.dtype, "allocators": measure.ALLOCATORS}
+        return {"benchmark": "engine", "config": config, "versions": versions() | report.peer_versions(PEERS),
+                "hardware": hardware(), "dense_rate": rate, "seconds": round(time.time() - self.started),
+                **report.summary(self.runs, rate, args.device),
+                "shapes": {n: s._asdict() for n, s in workloads.SHAPES.items()}, "lengths": workloads.HH_LENGTHS,
+                "tokens": {n: workloads.token_counts(v) for n, v in workloads.HH_LENGTHS.items()}, "failed": self.failed,
+                "runs": self.runs}
+
+    def save(self) -> None:
+        "Write what there is, so that a run that is cut off leaves what it measured."
+        if self.args.out: write_json(self.args.out, self.result(self.rate))
 
     def steps(self, shapes: list[str], names: tuple[str, ...]) -> None:
         "Each contender on each shape, in its own process; on a CPU once more with the other allocator."
+        if self.args.device != "cpu": return self.steps_on_an_accelerator(shapes, available(names))
         for shape in shapes:
             for name in available(names):
                 self.child("step", [name], min(CONTENDERS[name].most, self.args.repeats), **self.source(shape))
             for name in available(n for n in KEEPING if n in names and self.args.device == "cpu"):
                 repeats = self.args.repeats if name in FULL else min(3, self.args.repeats)
                 self.child("step", [name], repeats, "keeping", **self.source(shape))
+
+    def steps_on_an_accelerator(self, shapes: list[str], names: list[str]) -> None:
+        """All contenders of a shape in one process, taking turns: its allocator counts for each alone. Compiled ones stand apart,
+        since a model stays compiled."""
+        compiled = [name for name in names if "compiled" in name]
+        for shape in shapes:
+            self.child("step", [name for name in names if name not in compiled], self.args.repeats, **self.source(shape))
+        for shape in shapes if compiled else (): self.child("step", compiled, self.args.repeats, **self.source(shape))
 
     def source(self, shape: str) -> dict:
         "Where a worker finds weights and batch: a file; on an accelerator, where they are many, the seed."
@@ -119,7 +147,7 @@ class Bench:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="tokpref's engine beside public peers: time and memory of one training step.")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, tokpref and the released TDPO computation only; a test")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: bfloat16, a 1B and a 2.8B shape")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: bfloat16, shapes of 1B and 135M weights")
     parser.add_argument("--repeats", type=int, default=5, help="timed steps of a contender, after the warm-up (default 5)")
     parser.add_argument("--threads", type=int, default=int(os.environ.get("OMP_NUM_THREADS") or min(os.cpu_count() or 1, 16)))
     parser.add_argument("--seed", type=int, default=1, help="of weights and ids (default 1)")
@@ -130,15 +158,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def run(args: argparse.Namespace, folder: Path) -> Bench:
+def run(args: argparse.Namespace, folder: Path, rate: float) -> Bench:
     "All parts that were asked for."
-    bench, cuda = Bench(args, folder), args.device == "cuda"
-    shapes = args.shapes or (["tiny"] if args.quick else ["llama-1b", "pythia-2.8b"] if cuda else ["32k", "128k"])
-    public = [n for n in PUBLIC if not (cuda and n == "trl-1.16-compact")]     # on a GPU TRL is compact as shipped
-    names = args.only or ((*OWN, "tdpo-released") if args.quick else (*public, *OWN))
+    bench, cuda = Bench(args, folder, rate), args.device == "cuda"
+    shapes = args.shapes or (["tiny"] if args.quick else list(report.CUDA_SHAPES) if cuda else ["32k", "128k"])
+    names = args.only or ((*OWN, "tdpo-released") if args.quick else ON_CUDA if cuda else (*PUBLIC, *OWN))
     for name in sorted(set(names) - set(available(names))): print(f"left out: {name} (not installed, or not in this tokpref)")
     if "steps" in args.parts: bench.steps(shapes, names)
-    if "losses" in args.parts: bench.interleaved(shapes)
+    if "losses" in args.parts and not cuda: bench.interleaved(shapes)      # on an accelerator all contenders take turns anyway
     if "prompts" in args.parts: bench.prompts(shapes[0], (8, 24) if args.quick else (32, 512, 1024))
     if "memory" in args.parts: bench.memory(*(((512, 1024), (8,), "tiny") if args.quick else ()))
     return bench
@@ -153,19 +180,13 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     if args.quick: args.repeats, args.threads = min(args.repeats, 2), 1
     torch.set_num_threads(args.threads)
-    rates = [dense_rate(args)]
-    with tempfile.TemporaryDirectory() as folder: bench = run(args, Path(folder))
-    rate = max(*rates, dense_rate(args))        # before and after: the better one, should the machine have been busy
-    config = {k: v for k, v in vars(args).items() if k != "out"} | {"dtype": bench.dtype, "allocators": measure.ALLOCATORS}
-    result = {"benchmark": "engine", "config": config, "versions": versions() | report.peer_versions(PEERS),
-              "hardware": hardware(), "dense_rate": rate, "seconds": round(time.time() - bench.started),
-              **report.summary(bench.runs, rate, args.device),
-              "shapes": {n: s._asdict() for n, s in workloads.SHAPES.items()}, "lengths": workloads.HH_LENGTHS,
-              "tokens": {n: workloads.token_counts(v) for n, v in workloads.HH_LENGTHS.items()}, "failed": bench.failed,
-              "runs": bench.runs}
+    if not args.out and not args.quick: args.out = HERE.parent / "results" / f"engine-{args.device}.json"
+    rate = dense_rate(args)
+    with tempfile.TemporaryDirectory() as folder: bench = run(args, Path(folder), rate)
+    bench.rate = max(rate, dense_rate(args))        # before and after: the better one, should the machine have been busy
+    result = bench.result(bench.rate)
     print(report.text(result))
-    out = args.out or (None if args.quick else HERE.parent / "results" / f"engine-{args.device}.json")
-    if out: write_json(out, result)
+    bench.save()
     return 0 if not bench.failed and all(check["agrees"] for check in result["agreement"].values()) else 1
 
 

@@ -11,9 +11,17 @@ from tokpref import PreferenceCollator
 # (prompt, chosen, rejected) tokens of pairs of Anthropic/hh-rlhf, harmless-base, test split (MIT licence): lengths only, no text.
 # Counted with a byte-level BPE of 32,000 entries trained on film reviews and AlpacaEval answers (3.9 characters a token), begin
 # and end token included; the 3 % of the pairs with more than 512 tokens are left out. Of 2,001 random draws of 8, and of 4, each
-# is the one nearest to the median in six numbers: packed tokens, response tokens, longest row, and the ratios of padded, unshared
-# and shared tokens. The one of 2 is made up, for tests.
+# is the one nearest to the median in six numbers: packed tokens, response tokens, longest row, and the ratios of padded,
+# unshared and shared tokens. The 32 are drawn the same way, with SmolLM2's tokenizer. The 16 are longer pairs, drawn at random: prompts of
+# 60 to 320 tokens, chosen responses of 120 to 520, rejected ones of 80 to 480. The one of 2 is made up, for tests.
 HH_LENGTHS = {
+    32: ((171, 28, 19), (93, 12, 15), (36, 19, 42), (17, 45, 29), (23, 9, 13), (231, 85, 70), (35, 47, 20), (318, 38, 70),
+         (15, 25, 15), (179, 57, 152), (161, 13, 16), (120, 8, 39), (24, 17, 17), (168, 77, 56), (32, 31, 171), (80, 17, 60),
+         (74, 48, 23), (263, 34, 24), (301, 63, 26), (119, 148, 134), (389, 62, 52), (100, 15, 12), (40, 53, 25), (86, 58, 36),
+         (25, 43, 13), (39, 72, 75), (123, 22, 10), (23, 21, 18), (151, 12, 3), (130, 47, 74), (107, 38, 50), (35, 10, 91)),
+    16: ((257, 508, 295), (80, 252, 341), (308, 327, 235), (304, 303, 378), (171, 378, 151), (204, 191, 466), (108, 436, 208),
+         (135, 278, 130), (97, 470, 249), (301, 406, 131), (241, 342, 241), (164, 402, 324), (286, 386, 213), (91, 400, 87),
+         (107, 488, 284), (60, 433, 332)),
     8: ((213, 82, 100), (89, 28, 3), (18, 23, 30), (265, 83, 36), (26, 22, 13), (103, 28, 16), (31, 60, 73), (174, 60, 29)),
     4: ((106, 11, 38), (131, 72, 62), (200, 27, 88), (22, 15, 24)),
     2: ((9, 5, 3), (4, 2, 6)),
@@ -40,6 +48,10 @@ SHAPES = {
     "tiny": Shape("llama", 96, 32, 1, 2, 64, pairs=2),
     "narrow": Shape("llama", 8192, 64, 1, 2, 176, pairs=2),
     "llama-1b": Shape("llama", 128_256, 2048, 16, 32, 8192, kv_heads=8, tied=True),
+    "llama-1b-long": Shape("llama", 128_256, 2048, 16, 32, 8192, kv_heads=8, tied=True, pairs=16),
+    "smollm-135m": Shape("llama", 49_152, 576, 30, 9, 1536, kv_heads=3, tied=True, pairs=32),
+    "launches": Shape("llama", 512, 64, 16, 4, 128, kv_heads=2, tied=True),
+    "launches-32": Shape("llama", 512, 64, 16, 4, 128, kv_heads=2, tied=True, pairs=32),
     "pythia-2.8b": Shape("neox", 50_304, 2560, 32, 32, 10_240),
 }
 

@@ -64,6 +64,7 @@ def test_nothing_starts_when_the_time_is_up(calls, capsys):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_without_a_gpu_it_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "CARRIED", tmp_path)
+    monkeypatch.setattr(gpu, "OUTSIDE", tmp_path / "outside")
     with pytest.raises(SystemExit, match="no GPU is to be seen"): gpu.main([])
 
 
