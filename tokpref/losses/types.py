@@ -24,8 +24,7 @@ _HOW_TO_GET = {"ref_logps": "pass a reference model to token_stats", "kl": "call
 class TokenStats:
     """Per-token numbers of B responses, left-aligned, in nats: all that any loss here needs to know of a model.
 
-    Raises `ValueError` when shapes disagree and `TypeError` when `mask` is not boolean.
-    """
+    Raises `ValueError` when shapes disagree and `TypeError` when `mask` is not boolean."""
 
     logps: Tensor                       # [B, T] log π_θ(y_t|s_t), 0 where padded, carries gradient
     ref_logps: Tensor | None            # [B, T] log π_ref(y_t|s_t), 0 where padded, no gradient; None: no reference
