@@ -1,10 +1,28 @@
 """Small token MDPs with exact solutions."""
 
-from .tree import (TokenTree, random_tree, response_logps, edge_mass, conditionals, kl_divergence, occupancy,
-    occupancy_kl, objective, sequence_optimum, backup, soft_values, soft_policy, reference_values,
-    reference_advantage, one_step_policy, Pairs, sequence_pairs, token_pairs, table_stats, population_loss, Fit, fit)
+from .optima import (
+    backup,
+    objective,
+    one_step_policy,
+    reference_advantage,
+    reference_values,
+    sequence_optimum,
+    soft_policy,
+    soft_values,
+)
+from .population import Fit, Pairs, fit, population_loss, sequence_pairs, table_stats, token_pairs
+from .tree import (
+    TokenTree,
+    conditionals,
+    edge_mass,
+    kl_divergence,
+    occupancy,
+    occupancy_kl,
+    random_tree,
+    response_logps,
+)
 
-__all__ = ["TokenTree", "random_tree", "response_logps", "edge_mass", "conditionals", "kl_divergence", "occupancy",
-           "occupancy_kl", "objective", "sequence_optimum", "backup", "soft_values", "soft_policy",
-           "reference_values", "reference_advantage", "one_step_policy", "Pairs", "sequence_pairs", "token_pairs",
-           "table_stats", "population_loss", "Fit", "fit"]
+__all__ = ["Fit", "Pairs", "TokenTree", "backup", "conditionals", "edge_mass", "fit", "kl_divergence", "objective",
+           "occupancy", "occupancy_kl", "one_step_policy", "population_loss", "random_tree", "reference_advantage",
+           "reference_values", "response_logps", "sequence_optimum", "sequence_pairs", "soft_policy", "soft_values",
+           "table_stats", "token_pairs"]

@@ -3,11 +3,11 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from tokpref.losses import LOSSES
 from tokpref.exact import (
     TokenTree, conditionals, fit, kl_divergence, objective, occupancy, occupancy_kl, one_step_policy, random_tree,
     reference_advantage, response_logps, sequence_optimum, sequence_pairs, soft_policy, soft_values, table_stats, token_pairs,
 )
+from tokpref.losses import LOSSES
 
 BETA, REACHED, AWAY = 0.5, 1e-8, 1e-3
 TREES = [pytest.param(None, seed, id=f"equal-{seed}") for seed in (0, 1, 3)] + [pytest.param(2, 3, id="uneven-3")]
