@@ -5,35 +5,52 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-here = Path(__file__).parent
+HERE = Path(__file__).parent
+LINK = re.compile(r"(!?)(\[[^\]]*\]\()(?!https?:|#)([^)\s]+)\)")
+
 config = ConfigParser(delimiters=["="])
-config.read(here / "settings.ini", encoding="utf-8")
+config.read(HERE / "settings.ini", encoding="utf-8")
 cfg = config["DEFAULT"]
-repository = cfg["git_url"].removeprefix("https://github.com/")
-kinds = {"!": f"https://raw.githubusercontent.com/{repository}/{cfg['branch']}", "": f"{cfg['git_url']}/blob/{cfg['branch']}"}
-readme = re.sub(r"(!?)(\[[^\]]*\]\()(?!https?:|#)([^)\s]+)\)", lambda m: f"{m[1]}{m[2]}{kinds[m[1]]}/{m[3]})",    # PyPI shows no relative links
-                (here / "README.md").read_text(encoding="utf-8"))
+repository, branch = cfg["git_url"], cfg["branch"]
+pictures = f"https://raw.githubusercontent.com/{repository.removeprefix('https://github.com/')}/{branch}"
+
+
+def absolute(link: re.Match) -> str:
+    "A link of the README as PyPI needs it, which shows no relative ones: to a picture itself, or to a file's page."
+    return f"{link[1]}{link[2]}{pictures if link[1] else f'{repository}/blob/{branch}'}/{link[3]})"
+
 
 setup(
     name=cfg["lib_name"],
     version=cfg["version"],
     description=cfg["description"],
-    long_description=readme,
+    long_description=LINK.sub(absolute, (HERE / "README.md").read_text(encoding="utf-8")),
     long_description_content_type="text/markdown",
     author=cfg["author"],
     author_email=cfg["author_email"],
-    url=cfg["git_url"],
-    project_urls={"Documentation": cfg["doc_host"] + cfg["doc_baseurl"], "Changes": f"{cfg['git_url']}/blob/{cfg['branch']}/CHANGELOG.md"},
+    url=repository,
+    project_urls={
+        "Documentation": cfg["doc_host"] + cfg["doc_baseurl"],
+        "Changes": f"{repository}/blob/{branch}/CHANGELOG.md",
+    },
     license="Apache-2.0",
     keywords=cfg["keywords"],
     packages=find_packages(include=["tokpref", "tokpref.*"]),
-    package_data={"tokpref": ["**/*.yaml", "**/*.json", "**/*.jsonl", "**/*.toml"]},
+    package_data={"tokpref": ["py.typed", "**/*.yaml", "**/*.toml", "**/*.json", "**/*.jsonl"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
     extras_require={extra: cfg[f"{extra}_requirements"].split() for extra in ("notebooks", "dev", "site")},
-    entry_points={"console_scripts": cfg["console_scripts"].split(), "nbdev": [f"{cfg['lib_name']}={cfg['lib_path']}._modidx:d"]},
-    classifiers=["Development Status :: 3 - Alpha", "Intended Audience :: Developers", "Intended Audience :: Education",
-                 "Intended Audience :: Science/Research", "License :: OSI Approved :: Apache Software License",
-                 "Topic :: Scientific/Engineering :: Artificial Intelligence"]
-                + [f"Programming Language :: Python :: 3.{minor}" for minor in range(10, 14)],
+    entry_points={
+        "console_scripts": cfg["console_scripts"].split(),
+        "nbdev": [f"{cfg['lib_name']}={cfg['lib_path']}._modidx:d"],
+    },
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Education",
+        "Intended Audience :: Science/Research",
+        *(f"Programming Language :: Python :: 3.{minor}" for minor in range(10, 14)),
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
 )
