@@ -14,18 +14,19 @@ QUIET  := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false TQ
 RECIPE := settings.ini setup.py pyproject.toml $(CONSTRAINTS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-min check test-notebooks test-python prepare notebooks results site test-site bench gpu gpu-data hooks clean
+.PHONY: help demo test test-min test-new pins check test-notebooks test-python nb prepare notebooks results site test-site dist bench \
+        gpu gpu-data hooks clean
 .NOTPARALLEL:
 
 help:  ## list the commands
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F'|' '{printf "%-22s %s\n", $$1, $$2}'
 
 demo: $(VENV)/.base  ## install, then train every loss from one start on a toy language (a CPU is enough)
-	$(BIN)/tokpref compare --task toy
+	@OMP_NUM_THREADS=1 $(BIN)/tokpref compare --task toy
 
 test: check test-notebooks test-python  ## install what is needed, then run all that must hold
 
-check: $(VENV)/.dev  ## tokpref/ equals what the notebooks export, notebooks are clean, README is nbs/index.ipynb, lint, imports
+check: $(VENV)/.dev  ## export, README, layout of the rooms, lint, imports, types
 	@$(BIN)/python tools/check.py
 
 test-notebooks: $(VENV)/.dev  ## run the notebooks' own tests, two at a time
@@ -35,6 +36,9 @@ test-notebooks: $(VENV)/.dev  ## run the notebooks' own tests, two at a time
 
 test-python: $(VENV)/.dev  ## run pytest on tests/
 	@$(QUIET) $(BIN)/python -m pytest tests
+
+nb: $(VENV)/.dev  ## while writing one notebook: export, lint, run, store, clean it (NB=nbs/derivations/02_dpo.ipynb)
+	@$(QUIET) $(BIN)/python tools/nb.py $(NB)
 
 prepare: $(VENV)/.dev  ## after editing notebooks: export, clean, write README.md, then test
 	$(BIN)/nbdev_export
@@ -63,6 +67,15 @@ hooks: $(VENV)/.dev  ## install the git hooks that keep notebooks clean and merg
 test-min:  ## the same tests with the oldest versions that settings.ini allows
 	@$(MAKE) --no-print-directory test-notebooks test-python VENV=.venv-min CONSTRAINTS=tools/min_versions.txt
 
+test-new:  ## the same tests with the newest versions there are, but for those of tools/held.txt
+	@$(MAKE) --no-print-directory test VENV=.venv-new CONSTRAINTS=tools/held.txt
+
+pins: test-new  ## after these tests are green, write their versions into constraints.txt
+	@.venv-new/bin/python tools/pins.py
+
+dist: $(VENV)/.dev  ## build the source distribution and the wheel, install each into an empty environment, run the quick start
+	@$(BIN)/python tools/dist.py
+
 bench: $(VENV)/.bench  ## time and memory of a training step beside public peers (BENCH=--quick: tiny, no peers)
 	@$(BIN)/python benchmarks/engine.py $(BENCH)
 
@@ -73,7 +86,7 @@ gpu-data: $(VENV)/.base  ## fill .gpu/ with the data and the small packages that
 	$(BIN)/python tools/gpu.py --carry $(GPU)
 
 clean:  ## remove what these commands made (the environments and their runs too; models of your own in runs/ stay)
-	rm -rf .venv .venv-min _proc _docs _site build dist *.egg-info .pytest_cache .ruff_cache runs/toy-demo runs/gpu-*
+	rm -rf .venv .venv-min .venv-new .typed _proc _docs _site build dist *.egg-info .pytest_cache .ruff_cache runs/toy-demo runs/gpu-*
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:

@@ -6,7 +6,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest  # noqa: E402
 
-
 @pytest.fixture(autouse=True)
 def same_seed():
     "Every test starts from the same random state."

@@ -1,18 +1,23 @@
-"""What must hold before any test runs: `python tools/check.py [step ...]`, steps: exported readme lint imports.
+"""What must hold before any test runs: `python tools/check.py [step ...]`, steps: exported readme rooms lint
+imports types.
 
 Nothing here changes the working tree: notebooks are exported and cleaned in a copy, and the copy is compared. Every complaint
 is one line that says how to mend it; the exit status is 1 if there was any.
 """
+import hashlib
+import json
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import distributions
 from pathlib import Path
 
 import readme
+import rooms
 
+CODE = ("tokpref", "tests", "tools", "benchmarks")
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 SKIP = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints", ".last_checked")
@@ -42,7 +47,8 @@ def exported(root: Path = ROOT) -> list[str]:
         copy_sources(root, copy)
         for tool in ("nbdev_export", "nbdev_clean"):
             done = subprocess.run([BIN / tool], cwd=copy, capture_output=True, text=True, env=os.environ | {"IN_TEST": ""})
-            if done.returncode: return [f"{tool} fails: {(done.stderr or done.stdout).strip().splitlines()[-1]}"]
+            if done.returncode:
+                return [f"{tool} fails: {(done.stderr or done.stdout).strip().splitlines()[-1]}"]
         return compare(root, copy)
 
 
@@ -59,25 +65,48 @@ def compare(root: Path, copy: Path) -> list[str]:
 
 
 def lint(root: Path = ROOT) -> list[str]:
-    "ruff finds no undefined or unused name (its F rules) in the package, nor in tests, tools and benchmarks."
-    folders = [name for name in ("tokpref", "tests", "tools", "benchmarks") if (root / name).is_dir()]
+    "ruff is content with the package, tests, tools and benchmarks."
+    folders = [name for name in (*CODE, "setup.py") if (root / name).exists()]
     done = subprocess.run([BIN / "ruff", "check", "--no-cache", "--output-format=concise", *folders],
                           cwd=root, capture_output=True, text=True)
     return [line for line in (done.stdout + done.stderr).splitlines() if line.strip()] if done.returncode else []
 
 
-def import_alone(name: str, root: Path = ROOT) -> list[str]:
-    "Complaints about importing one module in a fresh process."
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", f"import {name}"], cwd=root, capture_output=True, text=True)
-    return [f"import {name} fails: {done.stderr.strip().splitlines()[-1]}"] if done.returncode else []
-
-
 def imports(root: Path = ROOT) -> list[str]:
-    "Each module imports on its own, in a fresh process, from any order."
-    names = [f"tokpref/{name}".removesuffix(".py").removesuffix("/__init__").replace("/", ".")
-             for name in files(root / "tokpref", "*.py")]
-    with ThreadPoolExecutor(2) as pool:
-        return sum(pool.map(lambda name: import_alone(name, root), sorted(names)), [])
+    "Each module imports on its own."
+    done = subprocess.run([sys.executable, ROOT / "tools" / "imports.py", root], cwd=root, capture_output=True, text=True)
+    return done.stdout.splitlines() or ([done.stderr.strip().splitlines()[-1]] if done.returncode else [])
+
+
+def types(root: Path = ROOT) -> list[str]:
+    "pyright is content with the same files. Where nothing changed since it last was, that is known without asking it."
+    digest = sources_digest(root)
+    known = root / ".typed"
+    if known.exists() and known.read_text(encoding="utf-8") == digest:
+        return []
+    done = subprocess.run([sys.executable, "-m", "pyright", "--outputjson"], cwd=root, capture_output=True, text=True)
+    if not done.stdout.startswith("{"):
+        reason = (done.stderr or done.stdout).strip().splitlines() or ["it says nothing"]
+        line = f"pyright cannot run, so types are not checked (it needs Node, or the network once): {reason[-1]}"
+        if os.environ.get("CI"):
+            return [line]
+        print(f"  {line}")
+        return []
+    complaints = json.loads(done.stdout)["generalDiagnostics"]
+    lines = [f"{Path(c['file']).relative_to(root).as_posix()}:{c['range']['start']['line'] + 1}: "
+             f"{c['message'].splitlines()[0]} ({c.get('rule', 'syntax')})" for c in complaints if c["severity"] == "error"]
+    if not lines:
+        known.write_text(digest, encoding="utf-8")
+    return lines
+
+
+def sources_digest(root: Path) -> str:
+    "What pyright's verdict depends on: the files it reads, its settings, the versions installed."
+    digest = hashlib.sha256()
+    for path in [root / "pyproject.toml", *(path for folder in CODE for path in sorted((root / folder).rglob("*.py")))]:
+        digest.update(path.as_posix().encode() + path.read_bytes())
+    digest.update(repr(sorted((d.name, d.version) for d in distributions())).encode())
+    return digest.hexdigest()
 
 
 def readme_matches() -> list[str]:
@@ -85,15 +114,15 @@ def readme_matches() -> list[str]:
     return [] if readme.is_current() else ["README.md is not what nbs/index.ipynb says; mend with: make prepare"]
 
 
-STEPS = {"exported": exported, "readme": readme_matches, "lint": lint, "imports": imports}
+STEPS = {"exported": exported, "readme": readme_matches, "rooms": rooms.check, "lint": lint, "imports": imports, "types": types}
 
 
 def main(names: list[str]) -> int:
     complaints = 0
     for name in names or STEPS:
-        found = STEPS[name]()
-        print(f"{name}: {'ok' if not found else ''}".rstrip(), *(f"  {line}" for line in found), sep="\n", flush=True)
-        complaints += len(found)
+        lines = STEPS[name]()
+        print(f"{name}: {'ok' if not lines else ''}".rstrip(), *(f"  {line}" for line in lines), sep="\n", flush=True)
+        complaints += len(lines)
     return 1 if complaints else 0
 
 
