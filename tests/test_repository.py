@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -22,7 +23,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
 
 import check  # noqa: E402
+import dist  # noqa: E402
+import pins as pinning  # noqa: E402
 import readme  # noqa: E402
+import rooms  # noqa: E402
 
 NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
 CHAPTERS = [p for p in NOTEBOOKS if p.name != "index.ipynb"]
@@ -192,19 +196,8 @@ def shown(cell) -> list[str]:
 
 # The package
 
-def test_one_home_for_every_name():
-    homes = {}
-    for path in MODULES:
-        for node in ast.parse(path.read_text(encoding="utf-8")).body:
-            if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__":
-                for exported in ast.literal_eval(node.value): homes.setdefault(exported, []).append(name(path))
-    assert homes and not {exported: where for exported, where in homes.items() if len(where) > 1}
-
-
-@every(MODULES)
-def test_every_module_has_its_notebook(path):
-    source = re.search(r"File to edit: (\S+)\.$", path.read_text(encoding="utf-8"), re.M)
-    assert source and (path.parent / source[1]).resolve() in NOTEBOOKS
+def test_the_layout_of_the_rooms_holds():
+    assert rooms.check() == []
 
 
 @every(sorted((ROOT / "tokpref").rglob("*.py")))
@@ -231,39 +224,129 @@ def requirements(key: str) -> dict[str, Requirement]:
     return {requirement.name.lower(): requirement for requirement in map(Requirement, SETTINGS[key].split())}
 
 
-def pins(path: Path) -> dict[str, str]:
-    "The exact versions of a constraints file."
+def pins(path: Path, python: str = "3.12") -> dict[str, str]:
+    "The exact versions of a constraints file that hold for one Python."
     lines = (line.split("#")[0].strip() for line in path.read_text(encoding="utf-8").splitlines())
-    return {pin.name: next(iter(pin.specifier)).version for pin in map(Requirement, filter(None, lines)) if "==" in str(pin)}
+    found = [pin for pin in map(Requirement, filter(None, lines))
+             if "==" in str(pin.specifier) and pinning.needed(pin, python)]
+    assert len({pin.name for pin in found}) == len(found), f"{path.name} has two versions of a package for Python {python}"
+    return {pin.name: next(iter(pin.specifier)).version for pin in found}
 
 
-@pytest.mark.parametrize("file", ["constraints.txt", "tools/min_versions.txt"])
-def test_pinned_versions_are_allowed_by_the_settings(file):
+@pytest.mark.parametrize("python", pinning.PYTHONS)
+def test_every_direct_dependency_is_pinned(python):
+    wanted = {name: requirement for name, requirement in pinning.wanted().items() if pinning.needed(requirement, python)}
+    pinned = pins(ROOT / "constraints.txt", python)
+    assert not wanted.keys() - pinned.keys(), "mend with: make pins"
+    for package, requirement in wanted.items():
+        assert requirement.specifier.contains(pinned[package]), f"{package}=={pinned[package]} is outside {requirement}"
+
+
+def test_pins_ask_for_an_older_version_where_the_installed_one_is_too_new(monkeypatch):
+    monkeypatch.setattr(pinning, "installed", lambda requirement, python: ("3.2", ">=3.11"))
+    monkeypatch.setattr(pinning, "newest", lambda requirement, python: ("3.0", ">=3.9"))
+    assert pinning.lines("numpy", Requirement("numpy>=2")) == [
+        'numpy==3.2; python_version >= "3.11"', 'numpy==3.0; python_version == "3.10"']
+
+
+@pytest.mark.parametrize("python", ["3.10", "3.12"])
+def test_the_oldest_versions_tried_are_allowed_by_the_settings(python):
     wanted = requirements("dev_requirements") | requirements("requirements")
-    for package, version in pins(ROOT / file).items():
-        assert wanted[package].specifier.contains(version), f"{file}: {package}=={version} is outside {wanted[package]}"
+    for package, version in pins(ROOT / "tools" / "min_versions.txt", python).items():
+        assert wanted[package].specifier.contains(version), f"{package}=={version} is outside {wanted[package]}"
 
 
 def test_the_oldest_versions_allowed_are_the_ones_tried():
-    tried = pins(ROOT / "tools" / "min_versions.txt")
+    tried = pins(ROOT / "tools" / "min_versions.txt", "3.10")
     for package, requirement in requirements("requirements").items():
         for floor in (s.version for s in requirement.specifier if s.operator == ">="):
-            assert Version(floor) == Version(tried[package]), f"settings.ini allows {requirement}; tools/min_versions.txt tries {tried[package]}"
+            assert Version(floor) == Version(tried[package]), f"{requirement} is allowed, {tried[package]} is tried"
 
 
-def test_the_wheel_holds_every_module(tmp_path):
-    tree = tmp_path / "tree"
-    shutil.copytree(ROOT / "tokpref", tree / "tokpref", ignore=shutil.ignore_patterns("__pycache__"))
-    for file in ("settings.ini", "setup.py", "pyproject.toml", "README.md", "LICENSE"): shutil.copy(ROOT / file, tree)
-    subprocess.run([sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index",
-                    "-w", tmp_path, tree], check=True)
-    wheel = zipfile.ZipFile(next(tmp_path.glob("*.whl")))
-    inside, metadata = set(wheel.namelist()), wheel.read(next(n for n in wheel.namelist() if n.endswith("METADATA"))).decode()
-    assert {name(p) for p in (ROOT / "tokpref").rglob("*.py")} <= inside
+@pytest.fixture(scope="module")
+def distributions(tmp_path_factory) -> tuple[Path, Path]:
+    "(source distribution, the wheel made from it), built in a copy with the tools that are here."
+    folder = tmp_path_factory.mktemp("dist")
+    tree = folder / "tree"
+    leftovers = shutil.ignore_patterns("__pycache__", ".*", "build", "dist", "*.egg-info", "runs", "nbs", "results", "node_modules")
+    shutil.copytree(ROOT, tree, ignore=leftovers)
+    subprocess.run([sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, tree], check=True, capture_output=True)
+    return next(folder.glob("*.tar.gz")), next(folder.glob("*.whl"))
+
+
+def test_the_source_distribution_holds_what_it_is_built_from(distributions):
+    with tarfile.open(distributions[0]) as archive:
+        inside = {member.partition("/")[2] for member in archive.getnames()}
+    assert {"settings.ini", "setup.py", "pyproject.toml", "README.md", "LICENSE", "tokpref/py.typed"} <= inside
+    assert not [member for member in inside if member.startswith(("nbs", "tests", "tools"))]
+
+
+def test_the_wheel_holds_every_module(distributions):
+    wheel = zipfile.ZipFile(distributions[1])
+    inside = set(wheel.namelist())
+    metadata, entries = (wheel.read(next(n for n in inside if n.endswith(file))).decode()
+                         for file in ("METADATA", "entry_points.txt"))
+    package = [p for p in (ROOT / "tokpref").rglob("*") if p.is_file() and "__pycache__" not in p.parts]
+    assert {name(p) for p in package} <= inside
     assert not [n for n in inside if n.startswith(("nbs", "tests", "tools"))]
     assert not re.findall(r"\]\((?!https?:|#)([^)\s]+)\)", metadata), "links in the long description are absolute"
-    assert all("raw.githubusercontent.com" in address for address in re.findall(r"!\[[^\]]*\]\(([^)]*)", metadata)), "pictures are pictures, not pages about them"
-    assert "tokpref = tokpref.cli:main" in wheel.read(next(n for n in wheel.namelist() if n.endswith("entry_points.txt"))).decode()
+    pictures = re.findall(r"!\[[^\]]*\]\(([^)]*)", metadata)
+    assert all("raw.githubusercontent.com" in address for address in pictures), "pictures are pictures, not pages about them"
+    assert "tokpref = tokpref.cli:main" in entries and f"Version: {SETTINGS['version']}\n" in metadata
+
+
+def test_the_quick_start_runs_with_the_wheel_alone(distributions, tmp_path):
+    zipfile.ZipFile(distributions[1]).extractall(tmp_path / "installed")
+    (tmp_path / "quick_start.py").write_text(dist.quick_start() + "\nimport tokpref\nprint(tokpref.__file__)\n", encoding="utf-8")
+    env = os.environ | {"PYTHONPATH": str(tmp_path / "installed")}
+    done = subprocess.run([sys.executable, "quick_start.py"], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and str(tmp_path / "installed") in done.stdout, done.stderr
+
+
+def test_a_release_is_made_from_its_own_tag(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["dist.py", "--tag", "v0.0.0"])
+    with pytest.raises(SystemExit, match=f"tag v{SETTINGS['version']}"):
+        dist.main()
+
+
+# Workflows
+
+WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+
+
+@every(WORKFLOWS)
+def test_workflows_run_pinned_actions_with_least_permissions(path):
+    text = path.read_text(encoding="utf-8")
+    actions = re.findall(r"uses: (\S+)", text)
+    assert actions and all(re.search(r"@[0-9a-f]{40}$", action) for action in actions), "an action is pinned to a commit"
+    workflow = yaml.safe_load(text)
+    assert workflow["permissions"] == {"contents": "read"}
+    assert text.count("actions/checkout@") == text.count("persist-credentials: false")
+    writers = {job for job, steps in workflow["jobs"].items() if "write" in steps.get("permissions", {}).values()}
+    assert writers <= {"publish"}, "only a job that publishes may write"
+
+
+def test_workflows_agree_on_the_commit_of_an_action():
+    commits = {}
+    for path in WORKFLOWS:
+        for action, commit in re.findall(r"uses: (\S+)@(\S+)", path.read_text(encoding="utf-8")):
+            commits.setdefault(action, set()).add(commit)
+    assert not [action for action, known in commits.items() if len(known) > 1]
+
+
+def test_commands_that_the_texts_name_are_in_the_makefile():
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
+    texts = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *WORKFLOWS]
+    for path in texts:
+        text = path.read_text(encoding="utf-8")
+        code = re.findall(r"`make ([a-z-]+)", text) + re.findall(r"^(?:\s*- run: )?make ([a-z-]+)", text, re.M)
+        assert set(code) <= targets, path.name
+
+
+@every([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *NOTEBOOKS])
+def test_nothing_says_that_the_package_is_on_pypi(path):
+    "Until its first release it is not, and the name could be anybody's."
+    assert not re.search(r"pip install [^\n]*[\s\"']tokpref(?![\w/.-])", path.read_text(encoding="utf-8"))
 
 
 # The checks themselves
@@ -300,9 +383,112 @@ def test_check_sees_an_unclean_notebook(copy):
     assert check.exported(copy) == ["nbs/library/losses/00_types.ipynb is not clean; mend with: make prepare"]
 
 
-def test_check_sees_a_name_that_does_not_exist_and_a_module_that_does_not_import(copy):
-    for folder in ("tests", "tools"): (copy / folder).mkdir()
-    (copy / "tokpref" / "__init__.py").write_text("", encoding="utf-8")
-    (copy / "tokpref" / "wrong.py").write_text("import no_such_module\n\ndef f(): return undefined\n", encoding="utf-8")
+def test_check_sees_a_name_that_does_not_exist(copy):
+    (copy / "tokpref" / "wrong.py").write_text("def f():\n    return undefined\n", encoding="utf-8")
     assert any("undefined" in line for line in check.lint(copy))
-    assert check.import_alone("tokpref.wrong", copy) == ["import tokpref.wrong fails: ModuleNotFoundError: No module named 'no_such_module'"]
+
+
+def test_check_sees_what_does_not_import_on_its_own(copy):
+    for folder in ("tests", "tools"):
+        (copy / folder).mkdir()
+    (copy / "tokpref" / "__init__.py").write_text("", encoding="utf-8")
+    (copy / "tokpref" / "losses" / "__init__.py").write_text("", encoding="utf-8")
+    (copy / "tokpref" / "wrong.py").write_text("import no_such_module\n", encoding="utf-8")
+    (copy / "tokpref" / "early.py").write_text("import sys\nassert 'tokpref.wrong' not in sys.modules\n", encoding="utf-8")
+    (copy / "tests" / "test_old.py").write_text("from tokpref.early import gone\n", encoding="utf-8")
+    (copy / "tokpref" / "losses" / "types.py").unlink()
+    first, second = check.imports(copy)
+    assert first == "import tokpref.wrong fails: ModuleNotFoundError: No module named 'no_such_module'"
+    assert second.startswith("import test_old fails: ImportError: cannot import name 'gone'")
+
+
+def test_check_types_looks_again_only_at_what_changed(copy, monkeypatch):
+    wrong = {"file": str(copy / "tokpref" / "wrong.py"), "severity": "error", "message": "no such name\nat all",
+             "rule": "someRule", "range": {"start": {"line": 2}}}
+    answers = [[], [wrong], [wrong], []]
+    calls = []
+
+    def pyright(*args, **kwargs):
+        calls.append(args)
+        return subprocess.CompletedProcess(args, 0, json.dumps({"generalDiagnostics": answers.pop(0)}), "")
+    monkeypatch.setattr(check.subprocess, "run", pyright)
+    assert check.types(copy) == [] == check.types(copy) and len(calls) == 1
+    (copy / "tokpref" / "wrong.py").write_text("import math\n", encoding="utf-8")
+    for _ in range(2):
+        assert check.types(copy) == ["tokpref/wrong.py:3: no such name (someRule)"]
+    assert check.types(copy) == [] and len(calls) == 4
+
+
+@pytest.mark.parametrize("where", ["in continuous integration", "elsewhere"])
+def test_check_types_says_when_it_cannot_run(copy, monkeypatch, capsys, where):
+    monkeypatch.setattr(check.subprocess, "run", lambda *args, **kwargs: subprocess.CompletedProcess(args, 1, "", "no network"))
+    monkeypatch.setenv("CI", "1") if where == "in continuous integration" else monkeypatch.delenv("CI", raising=False)
+    lines = check.types(copy)
+    assert bool(lines) == (where == "in continuous integration") and "no network" in "".join(lines) + capsys.readouterr().out
+
+
+ROOM = """# AUTOGENERATED! DO NOT EDIT! File to edit: {notebook}.
+__all__ = {names}
+{code}
+"""
+
+
+def layout(root: Path, **files: tuple[str, list[str], str]) -> list[str]:
+    "What the check says of a package of rooms: name -> (notebook, names, code)."
+    for room, (notebook, names, code) in files.items():
+        module = root / "tokpref" / f"{room.replace('__', '/')}.py"
+        module.parent.mkdir(parents=True, exist_ok=True)
+        up = "../" * (1 + room.count("__"))
+        module.write_text(ROOM.format(notebook=f"{up}nbs/{notebook}", names=names, code=code), encoding="utf-8")
+        (root / "nbs" / notebook).parent.mkdir(parents=True, exist_ok=True)
+        (root / "nbs" / notebook).write_text("{}", encoding="utf-8")
+    return rooms.check(root)
+
+
+FORMATS = ("library/data/00_formats.ipynb", ["Row"], "")
+
+
+@pytest.mark.parametrize("code", ["from .formats import Row", "from tokpref.data.formats import Row", "from ..checks import nearest",
+                                  "from .. import __version__", "def f():\n    from .formats import Row", "from . import formats"])
+def test_the_layout_allows_arrows_to_earlier_rooms(tmp_path, code):
+    assert layout(tmp_path, checks=("library/00_checks.ipynb", ["nearest"], ""), data__formats=FORMATS,
+                  data__collate=("library/data/01_collate.ipynb", ["Collator"], code)) == []
+
+
+@pytest.mark.parametrize("code, complaint", [
+    ("from ..engine.stats import token_stats", "imports engine.stats, which comes later"),
+    ("def f():\n    from tokpref.engine import token_stats", "imports engine, which comes later"),
+    ("def f():\n    import tokpref.engine.stats", "imports engine.stats, which comes later"),
+    ("from .prepare import prepare", "imports data.prepare, which comes later"),
+    ("from tokpref.data import Row", "imports data, which comes later"),
+    ("from tokpref import token_stats", "imports tokpref, which comes later"),
+    ("from .formats import _split", "takes _split from data.formats; give it a public name"),
+    ("\n" * 400, "has 403 lines, the most is 350"),
+])
+def test_the_layout_refuses(tmp_path, code, complaint):
+    lines = layout(tmp_path, data__formats=FORMATS, data__collate=("library/data/01_collate.ipynb", ["Collator"], code),
+                   data__prepare=("library/data/02_prepare.ipynb", ["prepare"], ""),
+                   engine__stats=("library/engine/00_stats.ipynb", ["token_stats"], ""))
+    assert len(lines) == 1 and complaint in lines[0]
+
+
+@pytest.mark.parametrize("notebook, names, complaint", [
+    ("library/data/01_collation.ipynb", [], "have one name and one place"),
+    ("library/01_collate.ipynb", [], "have one name and one place"),
+    ("library/data/00_collate.ipynb", [], "has the number of 00_collate.ipynb"),
+    ("library/data/01_collate.ipynb", ["Row"], "Row is exported by data.collate and by data.formats"),
+])
+def test_the_layout_refuses_a_second_home(tmp_path, notebook, names, complaint):
+    lines = layout(tmp_path, data__formats=FORMATS, data__collate=(notebook, names, ""))
+    assert len(lines) == 1 and complaint in lines[0]
+
+
+def test_the_layout_names_a_circle(tmp_path):
+    lines = layout(tmp_path, data__formats=("library/data/00_formats.ipynb", [], "def f():\n    from .collate import g"),
+                   data__collate=("library/data/01_collate.ipynb", [], "from .formats import f"))
+    assert "a circle of imports: data.collate, data.formats" in lines
+
+
+def test_the_layout_asks_for_a_place(tmp_path):
+    (line,) = layout(tmp_path, attic=("library/00_attic.ipynb", [], ""))
+    assert "attic has no place in ROOMS" in line
