@@ -2,7 +2,6 @@
 import itertools
 import math
 
-import matplotlib.pyplot as plt
 import pytest
 import torch
 from datasets import Dataset
@@ -10,9 +9,7 @@ from torch.testing import assert_close
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tokpref import evaluation as ev
-from tokpref import plots
 from tokpref.data import PreferenceCollator, prepare
-from tokpref.losses import LOSSES
 
 END, VOCAB, LONGEST = 1, 6, 3
 
@@ -262,10 +259,6 @@ def test_metrics_that_cannot_be_had(model, reference, bad, message):
     with pytest.raises(ValueError, match=message): ev.preference_metrics(**args)
 
 
-def test_every_loss_has_a_colour_of_its_own():
-    assert set(LOSSES) <= set(plots.LOSS_STYLES)
-
-
 # Rewards and frontiers
 
 def test_the_error_is_over_prompts():
@@ -396,44 +389,11 @@ def test_length_control_finds_the_rate_at_equal_lengths():
     with pytest.raises(ValueError, match="2 scores and 1 differences"): ev.length_controlled([1.0, 0.0], [2.0])
 
 
-# Figures
+# The examples that the pages and docstrings show
 
-POINTS = [{"loss": loss, "step": step, "kl": 0.1 * step, "reward": 0.2 * step, "accuracy": 0.6} for loss in ("dpo", "tdpo2 (alpha=0.3)", "my own") for step in range(4)]
-
-
-def figures():
-    yield plots.frontier_plot(POINTS, [(0, 0), (1, 2)])
-    yield plots.compare_figure(POINTS, [(0, 0), (1, 2)], metric="accuracy", level=0.5)
-    yield plots.curves({"dpo": [(0, 1.0), (1, 2.0)]}, ylabel="KL")
-    yield plots.bars({"dpo": 1.0, "ipo": -1.0}, {"dpo": 0.1})
-    yield plots.token_strip(["$a_$", "Ġb", "\n", ""], [1.0, -1.0, 0.0, 0.5])
-
-
-def test_every_figure_is_saved_and_leaves_no_window(tmp_path):
-    for i, figure in enumerate(figures()):
-        figure.savefig(tmp_path / f"{i}.png")
-        assert (tmp_path / f"{i}.png").stat().st_size > 3000 and figure._repr_png_()[:4] == b"\x89PNG"
-    assert plt.get_fignums() == []
-
-
-def test_nothing_is_drawn_outside_its_figure():
-    for figure in figures():
-        figure.canvas.draw()
-        width, height = figure.get_size_inches() * figure.dpi
-        for text in [t for ax in figure.axes for t in (ax.title, ax.xaxis.label, ax.yaxis.label, *ax.texts)] + [t for lg in figure.legends for t in lg.texts]:
-            box = text.get_window_extent()
-            assert not text.get_text() or (box.x0 >= -1 and box.y0 >= -1 and box.x1 <= width + 1 and box.y1 <= height + 1), text.get_text()
-
-
-def test_long_names_stay_inside_their_figure():
-    names = [f"a rather long name of a loss, number {i}" for i in range(6)]
-    figure = plots.frontier_plot([{"loss": name, "kl": i, "reward": i} for i, name in enumerate(names)])
-    figure.canvas.draw()
-    box = figure.legends[0].get_window_extent()
-    assert box.x0 >= 0 and box.x1 <= figure.get_figwidth() * figure.dpi
-
-
-def test_a_point_that_cannot_be_drawn_is_named():
-    for bad, message in (([], "empty"), ([{"loss": "dpo", "kl": 1.0}], "'reward'"), ([{"loss": "dpo", "kl": math.inf, "reward": 0.0}], "kl=inf")):
-        with pytest.raises(ValueError, match=message): plots.frontier_plot(bad)
-    with pytest.raises(ValueError, match="'accuracy'"): plots.compare_figure([{"loss": "dpo", "kl": 1.0, "reward": 0.0}], metric="accuracy")
+@pytest.mark.parametrize("room", ["estimate", "frontier", "diversity", "judging"])
+def test_examples_in_docstrings_are_true(room):
+    import doctest
+    import importlib
+    result = doctest.testmod(importlib.import_module(f"tokpref.evaluation.{room}"))
+    assert result.attempted > 0 and result.failed == 0

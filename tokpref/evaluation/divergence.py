@@ -12,8 +12,9 @@ import logging
 import torch
 from torch import Tensor, nn
 
-# %% ../../nbs/library/evaluation/02_divergence.ipynb #8a174f70
-from ..engine.stats import evaluating, response_stats
+# %% ../../nbs/library/evaluation/02_divergence.ipynb #43bed462
+from ..engine.stats import response_stats
+from ..models import evaluating
 from .sampling import Samples, in_batches
 
 # %% ../../nbs/library/evaluation/02_divergence.ipynb #972b2048

@@ -14,8 +14,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-# %% ../../nbs/library/evaluation/03_frontier.ipynb #8d71e3ff
-from ..losses.types import check_positive
+# %% ../../nbs/library/evaluation/03_frontier.ipynb #ee8849b2
+from ..checks import check_positive
 from .divergence import sample_kl
 from .estimate import Estimate, estimate
 from .sampling import Samples

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-# %% ../../nbs/library/evaluation/04_pairs.ipynb #523cdb53
+# %% ../../nbs/library/evaluation/04_pairs.ipynb #075a40d3
 from ..engine.one_pass import pair_stats
-from ..engine.stats import evaluating
-from ..losses import LossSpec, TokenStats
-from ..training import check_loss, pair_metrics
+from ..losses.registry import check_loss
+from ..losses.types import LossSpec, TokenStats
+from ..metrics import pair_metrics
+from ..models import evaluating
 
 # %% ../../nbs/library/evaluation/04_pairs.ipynb #13ccb80d
 def _implicit(chosen: TokenStats, rejected: TokenStats, beta: float) -> dict[str, Tensor]:

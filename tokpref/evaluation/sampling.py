@@ -19,10 +19,10 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
-# %% ../../nbs/library/evaluation/01_sampling.ipynb #9676a631
-from ..data.prepare import _template, check_tokenizer, encode_texts
-from ..engine.stats import base_model, evaluating
-from ..losses.types import check_unused
+# %% ../../nbs/library/evaluation/01_sampling.ipynb #137a2f7b
+from ..checks import check_unused
+from ..data.tokens import check_tokenizer, encode_texts, render_chat
+from ..models import base_model, evaluating
 
 # %% ../../nbs/library/evaluation/01_sampling.ipynb #f976fb9c
 @dataclass
@@ -55,7 +55,7 @@ class Samples:
         for i, prompt in enumerate(self.index): positions.setdefault(prompt, []).append(i)
         return list(positions.values())
 
-# %% ../../nbs/library/evaluation/01_sampling.ipynb #532d4892
+# %% ../../nbs/library/evaluation/01_sampling.ipynb #12e6e8e0
 def encode_prompt(prompt: str | list, tokenizer, chat_template_kwargs: dict | None = None) -> list[int]:
     """Token ids of a prompt (text, chat messages, or ids), as `tokpref.data.prepare` makes them before it cuts any.
 
@@ -68,7 +68,7 @@ def encode_prompt(prompt: str | list, tokenizer, chat_template_kwargs: dict | No
     if not chat: return [int(token) for token in prompt]
     if not tokenizer.chat_template:
         raise ValueError("chat messages need a tokenizer with a chat template: set tokenizer.chat_template")
-    return _template(tokenizer, prompt, chat_template_kwargs or {}, tokenize=True, prompt=True)
+    return render_chat(tokenizer, prompt, chat_template_kwargs, tokenize=True, prompt=True)
 
 # %% ../../nbs/library/evaluation/01_sampling.ipynb #b3a8ddb4
 @contextlib.contextmanager
