@@ -285,6 +285,23 @@ def test_a_token_budget_is_refused_only_where_it_changes_the_loss(make, monkeypa
     make(dict(model=untied, peft_config=head), token_budget=32).train()
 
 
+# What is random
+
+@pytest.mark.parametrize("settings, with_adapter", [(dict(loss="dpo"), True), (dict(loss="tbpo_q"), False), (dict(loss="tbpo_q"), True)])
+def test_all_that_is_random_follows_the_seed(make, settings, with_adapter):
+    adapter = LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True, task_type="CAUSAL_LM") if with_adapter else None
+    runs = []
+    for i, seed in enumerate((7, 7, 8)):
+        torch.manual_seed(i)        # whatever was drawn before
+        trainer = make(dict(peft_config=adapter), seed=seed, max_steps=2, per_device_train_batch_size=2, **settings)
+        start = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+        trainer.train()
+        parts = [*start.values(), *trainer.model.parameters(), *(trainer.baseline_head.parameters() if trainer.baseline_head else ())]
+        runs.append(torch.cat([p.detach().flatten() for p in parts]))
+    assert_close(runs[0], runs[1], rtol=0, atol=0)
+    assert (runs[0] != runs[2]).any()
+
+
 # After training
 
 def test_the_examples_of_metrics_are_right():

@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import Trainer, set_seed
 
 from ..data import PreferenceCollator, PrepReport
 from ..engine.one_pass import BatchLoss, pair_loss
@@ -55,6 +55,7 @@ class PreferenceTrainer(Trainer):
         self.loss = functools.partial(self.spec, **args.options)
         if args.precompute_ref_logps: setup.check_precompute(self.spec, args.loss)
 
+        set_seed(args.seed)                         # a new adapter is random
         policy, ref_model, tokenizer = setup.load_models(model, ref_model, processing_class, peft_config)
         self.adapter_off: bool = ref_model is None and has_adapter(policy)     # that is the reference
         self.ref_model = pick_reference(policy, ref_model, otherwise="copy" if self.spec.reference else "none")
