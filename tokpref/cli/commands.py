@@ -41,6 +41,15 @@ def _training_pairs(load: dict[str, Any], held_out: str | None) -> tuple[Any, An
     return train, load_preferences(source, held_out, *layout, messages)
 
 
+def _last_evaluation(trainer: Any) -> dict[str, Any]:
+    "What was measured of the weights as they are; empty if they have changed since, or were never measured."
+    if trainer.args.load_best_model_at_end: return {}
+    for entry in reversed(trainer.state.log_history):
+        if "eval_loss" in entry and entry["step"] == trainer.state.global_step:
+            return {name: value for name, value in entry.items() if name != "step"}
+    return {}
+
+
 def _print_metrics(metrics: dict[str, Any]) -> None:
     "Names and numbers in two columns."
     width = max(map(len, metrics))
@@ -66,7 +75,7 @@ def run_train(args: argparse.Namespace) -> None:
     trainer.train(resume_from_checkpoint=True if args.resume else config.resume_from_checkpoint)
     trainer.save_model()
     trainer.save_state()
-    if evaluation is not None: _print_metrics(trainer.evaluate())
+    if evaluation is not None: _print_metrics(_last_evaluation(trainer) or trainer.evaluate())
     print(f"saved to {config.output_dir}")
 
 # %% ../../nbs/library/cli/02_commands.ipynb #ef42a260
