@@ -3,6 +3,8 @@ import copy
 import doctest
 import logging
 import re
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -285,6 +287,24 @@ def test_a_token_budget_is_refused_only_where_it_changes_the_loss(make, monkeypa
     make(dict(model=untied, peft_config=head), token_budget=32).train()
 
 
+# Gradients
+
+@pytest.mark.parametrize("more", [{}, dict(token_budget=24), dict(per_device_train_batch_size=1, gradient_accumulation_steps=3)])
+def test_every_pair_of_a_step_weighs_the_same(make, more):
+    "Three pairs as 2 + 1 give the gradients of three pairs in one batch, and the same loss in the log."
+    def step(**settings):
+        trainer = make(dict(train_dataset=PAIRS[:3]), optim="sgd", learning_rate=1e-3, max_grad_norm=0.0, warmup_steps=0,
+                       lr_scheduler_type="constant", max_steps=2, logging_steps=1, loss="ipo", **settings)
+        before = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+        trainer.train()
+        after = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+        return after - before, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    expected, losses = step(per_device_train_batch_size=3)
+    change, logged = step(**{**dict(per_device_train_batch_size=2, gradient_accumulation_steps=2), **more})
+    assert_close(change, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
+    assert logged == pytest.approx(losses, rel=1e-4)
+
+
 # What is random
 
 @pytest.mark.parametrize("settings, with_adapter", [(dict(loss="dpo"), True), (dict(loss="tbpo_q"), False), (dict(loss="tbpo_q"), True)])
@@ -307,6 +327,23 @@ def test_all_that_is_random_follows_the_seed(make, settings, with_adapter):
 def test_the_examples_of_metrics_are_right():
     result = doctest.testmod(metrics)
     assert result.attempted >= 8 and result.failed == 0
+
+
+def test_the_card_goes_to_the_hub(make, monkeypatch):
+    sent = []
+    def upload(*_, folder_path, **__):
+        sent.append((Path(folder_path) / "README.md").read_text())
+        return SimpleNamespace(result=lambda: None)
+    monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", upload)
+    monkeypatch.setattr("transformers.trainer.upload_folder", upload, raising=False)     # of older versions
+    trainer = make()
+    trainer.hub_model_id = "me/mine"
+    trainer.train()
+    trainer.push_to_hub(license="mit", tags="brief", dataset="me/pairs")
+    for line in ("# Trained with dpo on preferences", "license: mit", "datasets: me/pairs",
+                 "tags: [tokpref, preference-optimization, dpo, brief]"): assert line in sent[0].splitlines(), sent[0]
+    assert "unknown dataset" not in sent[0]
+    with pytest.raises(ValueError, match="dataset_args would be ignored"): trainer.push_to_hub(dataset_args="x")
 
 
 def test_the_card_names_no_folder(make, model):

@@ -7,6 +7,7 @@ __all__ = ['hub_name', 'model_card']
 
 # %% ../../nbs/library/training/02_card.ipynb #8a72e9c2
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,11 @@ def hub_name(model: Any) -> str:
     return name if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and not Path(name).exists() else ""
 
 # %% ../../nbs/library/training/02_card.ipynb #7e7a6709
-def model_card(trainer: Any) -> str:    # a `PreferenceTrainer`
+def model_card(
+    trainer: Any,                       # a `PreferenceTrainer`
+    tags: Sequence[str] = (),           # more tags for the hub
+    **front_matter: Any,                # more of what the hub knows, such as license="mit"
+) -> str:
     "Markdown: the loss, where it comes from, the settings that matter, the last evaluation, the versions."
     args, spec, state = trainer.args, trainer.spec, trainer.state
     settings = {
@@ -45,9 +50,12 @@ def model_card(trainer: Any) -> str:    # a `PreferenceTrainer`
     evaluation = {name: value for name, value in last.items() if name.startswith("eval_")}
     versions = {"tokpref": __version__, "transformers": transformers.__version__, "torch": torch.__version__}
     library = "peft" if hasattr(trainer.model, "peft_config") else "transformers"
-    base = hub_name(trainer.model)
-    front = ["---", f"library_name: {library}", *([f"base_model: {base}"] if base else []),
-             f"tags: [tokpref, preference-optimization, {args.loss}]", "---", ""]
+    more = {"base_model": hub_name(trainer.model) or None, **front_matter}
+    own_tags = ["tokpref", "preference-optimization", args.loss]
+    all_tags = ", ".join(dict.fromkeys([*own_tags, *tags]))
+    front = ["---", f"library_name: {library}"]
+    front += [f"{name}: {value}" for name, value in more.items() if value is not None]
+    front += [f"tags: [{all_tags}]", "---", ""]
     return "\n".join([
         *front, f"# Trained with {args.loss} on preferences\n", f"Loss: {spec.source}.\n",
         _table("setting", settings), _table("last evaluation", evaluation), _table("version", versions)])

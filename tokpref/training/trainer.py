@@ -78,7 +78,7 @@ class PreferenceTrainer(Trainer):
         setup.check_token_budget(args, self.loss, sharded=self.is_fsdp_enabled or self.is_deepspeed_enabled)
 
         self.model_accepts_loss_kwargs = False      # the Trainer divides the mean loss by accumulation steps
-        self.share: float = 1.0                     # of the pairs of a batch, those of the pass under way
+        self.share: float = 1.0                     # what the mean loss of the pass under way counts for
         self.engine: dict[str, bool] | None = None  # which of the fast ways are on; None: before the first batch
         self.averages = {"train": RunningAverages(), "eval": RunningAverages()}
         self.baseline_head: Any = None              # TBPO-Q's
@@ -131,14 +131,29 @@ class PreferenceTrainer(Trainer):
             self.averages["eval"].add(cast(dict, self.accelerator.gather_for_metrics(metrics)))
         return (loss, pairs) if return_outputs else loss
 
+    def get_batch_samples(self, epoch_iterator, num_batches, device) -> tuple[list, Any]:
+        "The batches of a step, and the number of pairs in them over all processes."
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        pairs = torch.tensor(sum(len(batch["input_ids"]) // 2 for batch in batches), device=device)
+        return batches, self.accelerator.reduce(pairs, "sum")
+
     def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
-        "Gradients of a batch, in as many passes as `token_budget` asks for."
+        """Gradients of a batch, in as many passes as `token_budget` asks for.
+
+        Every pair of a step weighs the same: the Trainer divides by the number of batches in the step and averages over
+        processes, so a pass counts by its share of the step's pairs, times both.
+        """
+        batch_pairs = len(inputs["input_ids"]) // 2
+        weight = 1 / batch_pairs
+        if num_items_in_batch is not None:
+            batches = self.current_gradient_accumulation_steps * self.accelerator.num_processes
+            weight = batches / int(num_items_in_batch)
         budget = self.args.token_budget
         passes = split_by_tokens(inputs, budget) if budget else [inputs]
         parts = [module for module in (model, self.baseline_head) if module is not None]
         total = torch.zeros((), device=self.args.device)
         for i, part in enumerate(passes):
-            self.share = len(part["input_ids"]) / len(inputs["input_ids"])
+            self.share = weight * (len(part["input_ids"]) // 2)
             with contextlib.ExitStack() as wait:    # processes take different numbers of passes, and meet at the last
                 if i < len(passes) - 1:
                     for module in parts: wait.enter_context(self.accelerator.no_sync(module))
@@ -196,6 +211,18 @@ class PreferenceTrainer(Trainer):
         (folder / "README.md").write_text(model_card(self), encoding="utf-8")
         if self.baseline_head is not None:
             save_file(self.accelerator.unwrap_model(self.baseline_head).state_dict(), folder / setup.BASELINE_FILE)
+
+    def create_model_card(self, language=None, license=None, tags=None, model_name=None, finetuned_from=None,
+                          tasks=None, dataset_tags=None, dataset=None, dataset_args=None) -> None:
+        "Write `model_card` with what the hub is to know besides; `push_to_hub` calls this and names the model."
+        for name, value in dict(tasks=tasks, dataset_tags=dataset_tags, dataset_args=dataset_args).items():
+            if value is not None: raise ValueError(f"{name} would be ignored: the card of a run has no place for it")
+        if not self.is_world_process_zero(): return
+        more = {"language": language, "license": license, "datasets": dataset}
+        if finetuned_from is not None: more["base_model"] = finetuned_from
+        tags = [tags] if isinstance(tags, str) else tags or []
+        path = Path(self.args.output_dir or ".") / "README.md"
+        path.write_text(model_card(self, tags, **more), encoding="utf-8")
 
     def load_head(self, folder: str | os.PathLike) -> None:
         "The weights of the baseline head from a checkpoint; nothing for a loss that has none."
