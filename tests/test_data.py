@@ -202,6 +202,23 @@ def test_template_that_ends_with_another_token_gets_the_end_token(tokenizer):
     assert plain.decode(row["chosen_ids"]) == "a\n<eos>" and row["chosen_ids"].count(plain.eos_token_id) == 1
 
 
+def test_a_question_as_text_stays_beside_an_answer_of_several_messages(tokenizer):
+    say = lambda role, content: dict(role=role, content=content)
+    steps = [say("assistant", "I look."), say("tool", "blue"), say("assistant", "It is blue.")]
+    row = dict(prompt="What is the sky?", chosen=steps, rejected=[say("assistant", "It is green.")])
+    (ready,), _ = prepare([row], tokenizer)
+    assert tokenizer.decode(ready["prompt_ids"]) == "<|user|>What is the sky?<eos>\n<|assistant|>"
+    answer = "I look.<eos>\n<|tool|>blue<eos>\n<|assistant|>It is blue.<eos>"
+    assert tokenizer.decode(ready["chosen_ids"]) == answer and tokenizer.decode(ready["rejected_ids"]) == "It is green.<eos>"
+    (other,), _ = prepare([dict(row, chosen=row["rejected"], rejected=steps)], tokenizer)
+    assert other["prompt_ids"] == ready["prompt_ids"] and other["rejected_ids"] == ready["chosen_ids"]
+    whole = [say("system", "Be short."), say("user", " What is the sky?\n")]
+    (again,), _ = prepare([dict(row, **{side: whole + row[side] for side in ("chosen", "rejected")})], tokenizer)
+    assert tokenizer.decode(again["prompt_ids"]).count("What is the sky?") == 1 and again["chosen_ids"] == ready["chosen_ids"]
+    with pytest.raises(ValueError, match="row 0: prompt is text, but not a user turn of the conversations"):
+        prepare([dict(row, prompt="What is the sea?", **{side: whole + row[side] for side in ("chosen", "rejected")})], tokenizer)
+
+
 # collation
 
 @pytest.mark.parametrize("side,multiple", [("right", None), ("left", None), ("right", 8), ("left", 8)])

@@ -48,12 +48,24 @@ def _check_one_kind(prompt: Part | None, chosen: Part, rejected: Part) -> None:
         raise TypeError("prompt is chat messages and the responses are text: use one format")
 
 # %% ../../nbs/library/data/00_formats.ipynb #0fbfc7db
+def _message_prompt(prompt: str, chosen: list[dict], rejected: list[dict]) -> list[dict] | None:
+    "A text prompt beside chat columns as messages; None where it is a user turn that both conversations begin with."
+    if not prompt.strip(): return None
+    for message in chosen[:shared_prefix(chosen, rejected)]:
+        if message["role"] == "user" and (message["content"] or "").strip() == prompt.strip(): return None
+    first = [next((message["role"] for message in side if message["role"] != "system"), "") for side in (chosen, rejected)]
+    if "user" not in first: return [{"role": "user", "content": prompt}]
+    raise ValueError("prompt is text, but not a user turn of the conversations beside it: "
+                     "make it the same as that turn, or remove the column prompt")
+
+
 def split_pair(
     row: dict[str, Any],        # with `chosen`, `rejected`, and perhaps `prompt`; text or lists of {role, content}
 ) -> tuple[Any, Any, Any]:      # prompt, chosen, rejected: all text, or all lists of messages
     """The three parts of a pair, in whichever of the ecosystem's preference formats it is written.
 
-    Raises `TypeError` where text and messages are mixed. A text prompt beside chat columns becomes a user message:
+    Raises `TypeError` where text and messages are mixed, and `ValueError` where a text prompt is another question than that
+    of the conversations beside it. A text prompt beside answers becomes a user message:
 
     >>> split_pair({"chosen": "The sky is blue.", "rejected": "The sky is black."})
     ('The sky is', ' blue.', ' black.')
@@ -65,8 +77,7 @@ def split_pair(
     _check_one_kind(prompt, chosen, rejected)
     if isinstance(chosen, str) or isinstance(rejected, str):        # text, or one side is missing
         if prompt is not None or not (chosen and rejected): return prompt or "", chosen, rejected
-    if isinstance(prompt, str):
-        prompt = None if len(chosen) > 1 else [{"role": "user", "content": prompt}]
+    if isinstance(prompt, str): prompt = _message_prompt(prompt, chosen, rejected)
     if prompt is None:
         start = shared_prefix(chosen, rejected)
         return chosen[:start], chosen[start:], rejected[start:]
