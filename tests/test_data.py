@@ -13,12 +13,13 @@ import pytest
 import torch
 from datasets import Dataset, DatasetDict, disable_progress_bars
 from datasets.exceptions import DatasetNotFoundError
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch.utils.data import DataLoader
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from tokpref.data import LOADERS, Loader, PreferenceCollator, describe_row, load_preferences, load_texts, prepare
 from tokpref.data.prepare import encode_batch
+from tokpref.data.tokens import continue_ids
 
 disable_progress_bars()
 WORDS = ["The sky is blue and the sea is green.", "What is the answer? The answer is 42.",
@@ -217,6 +218,45 @@ def test_a_question_as_text_stays_beside_an_answer_of_several_messages(tokenizer
     assert tokenizer.decode(again["prompt_ids"]).count("What is the sky?") == 1 and again["chosen_ids"] == ready["chosen_ids"]
     with pytest.raises(ValueError, match="row 0: prompt is text, but not a user turn of the conversations"):
         prepare([dict(row, prompt="What is the sea?", **{side: whole + row[side] for side in ("chosen", "rejected")})], tokenizer)
+
+
+def spaced_tokenizer(kind):
+    bpe = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
+    if kind == "legacy":
+        bpe.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        bpe.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
+                                         decoders.Strip(" ", 1, 0)])
+    elif kind == "bytes":
+        bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=True), decoders.ByteLevel()
+    else:
+        bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.Metaspace(prepend_scheme=kind), decoders.Metaspace(prepend_scheme=kind)
+    alphabet = pre_tokenizers.ByteLevel.alphabet() if kind == "bytes" else list("▁\n:()<|>abcdefghijklmnopqrstuvwxyz")
+    bpe.train_from_iterator(WORDS * 3, trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<unk>", "<eos>"], initial_alphabet=alphabet, show_progress=False))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<eos>", unk_token="<unk>", pad_token="<eos>")
+    tokenizer.chat_template = ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+                               "{% if add_generation_prompt %}assistant: {% endif %}")
+    return tokenizer
+
+
+@pytest.mark.parametrize("kind", ["always", "first", "never", "legacy", "bytes"])
+def test_no_space_comes_in_between_prompt_and_response(tokenizer, kind):
+    texts = [("answer:", " three"), ("answer: ", "three"), ("What is (", "the sea)"), ("sea\n", "is deep"), ("sea", "\n\nis")]
+    for each in (spaced_tokenizer(kind), tokenizer):
+        lead = " " if each.decode(each("a", add_special_tokens=False)["input_ids"]) == " a" else ""
+        for prompt, response in texts:
+            (row,), _ = prepare([dict(prompt=prompt, chosen=response, rejected=" other")], each)
+            assert each.decode(row["prompt_ids"] + row["chosen_ids"]) == lead + prompt + response + "<eos>"
+        say = lambda role, content: [dict(role=role, content=content)]
+        chat = dict(prompt=say("user", "What is the sea?"), chosen=say("assistant", "deep"), rejected=say("assistant", "blue"))
+        (row,), _ = prepare([chat], each)
+        whole = each.apply_chat_template(chat["prompt"] + chat["chosen"], tokenize=False)
+        assert each.decode(row["prompt_ids"] + row["chosen_ids"]) == lead + whole.removesuffix("<eos>\n") + "<eos>"
+
+
+def test_a_tokenizer_without_that_space_is_asked_for_plain_ids(tokenizer):
+    for text in (" three", "three", "\n\nthe sea", ""):
+        assert continue_ids([text], tokenizer) == [tokenizer(text, add_special_tokens=False)["input_ids"]]
 
 
 # collation

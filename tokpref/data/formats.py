@@ -48,13 +48,13 @@ def _check_one_kind(prompt: Part | None, chosen: Part, rejected: Part) -> None:
         raise TypeError("prompt is chat messages and the responses are text: use one format")
 
 # %% ../../nbs/library/data/00_formats.ipynb #0fbfc7db
-def _message_prompt(prompt: str, chosen: list[dict], rejected: list[dict]) -> list[dict] | None:
+def _message_prompt(prompt: str, chosen: Any, rejected: Any) -> list[dict] | None:
     "A text prompt beside chat columns as messages; None where it is a user turn that both conversations begin with."
     if not prompt.strip(): return None
     for message in chosen[:shared_prefix(chosen, rejected)]:
         if message["role"] == "user" and (message["content"] or "").strip() == prompt.strip(): return None
-    first = [next((message["role"] for message in side if message["role"] != "system"), "") for side in (chosen, rejected)]
-    if "user" not in first: return [{"role": "user", "content": prompt}]
+    roles = [[message["role"] for message in side if message["role"] != "system"] for side in (chosen, rejected)]
+    if not any(turns[:1] == ["user"] for turns in roles): return [{"role": "user", "content": prompt}]
     raise ValueError("prompt is text, but not a user turn of the conversations beside it: "
                      "make it the same as that turn, or remove the column prompt")
 
@@ -64,8 +64,8 @@ def split_pair(
 ) -> tuple[Any, Any, Any]:      # prompt, chosen, rejected: all text, or all lists of messages
     """The three parts of a pair, in whichever of the ecosystem's preference formats it is written.
 
-    Raises `TypeError` where text and messages are mixed, and `ValueError` where a text prompt is another question than that
-    of the conversations beside it. A text prompt beside answers becomes a user message:
+    Raises `TypeError` where text and messages are mixed, and `ValueError` where a text prompt is another question than
+    that of the conversations beside it. A text prompt beside answers becomes a user message:
 
     >>> split_pair({"chosen": "The sky is blue.", "rejected": "The sky is black."})
     ('The sky is', ' blue.', ' black.')
