@@ -5,11 +5,13 @@ os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALL
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest  # noqa: E402
+import torch  # noqa: E402
+
+if not torch.cuda.is_available(): os.environ.setdefault("TRITON_INTERPRET", "1")      # before Triton is loaded
 
 @pytest.fixture(autouse=True)
 def same_seed():
     "Every test starts from the same random state."
-    import torch
     torch.manual_seed(0)
 
 
@@ -28,7 +30,6 @@ def tokenizer():
 @pytest.fixture
 def model():
     "A random GPT-2 of 64 tokens and two narrow layers, in float32 and evaluation mode."
-    import torch
     from transformers import GPT2Config, GPT2LMHeadModel
     torch.manual_seed(1)
     config = GPT2Config(vocab_size=64, n_positions=128, n_embd=32, n_layer=2, n_head=2, bos_token_id=None, eos_token_id=1, pad_token_id=0)

@@ -60,3 +60,13 @@ def test_peers_are_pinned():
     texts = [file.read_text(encoding="utf-8") for file in (ROOT / "benchmarks").glob("requirements-*.txt")]
     lines = [line for text in texts for line in text.splitlines()]
     assert lines and all("==" in line for line in lines if line and line[0] != "#")
+
+
+def test_a_step_launches_little_more_than_its_models():
+    "Counted without a GPU; the numbers do not grow with the pairs, and a KL costs next to nothing."
+    done = subprocess.run([sys.executable, ROOT / "benchmarks" / "launches.py"], capture_output=True, text=True,
+                          env=os.environ | {"TOKPREF_PEERS": "nowhere"})
+    assert done.returncode == 0, done.stderr
+    counts = json.loads(done.stdout.splitlines()[-1])
+    assert counts["dpo_8"] <= counts["body"] + 400 and counts["dpo_32"] <= counts["body"] + 400
+    assert counts["tdpo2_8"] <= counts["dpo_8"] + 60 and counts["waits_8"] == 0 and counts["trl_8"] is None

@@ -12,12 +12,14 @@ from torch.testing import assert_close
 
 from tokpref import (LOSSES, BaselineHead, PairLoss, PreferenceCollator, TokenStats, engine, pair_loss, pair_stats,
                      token_stats)
-from tokpref.engine import one_pass
+from tokpref.engine import one_pass, trial
 from tokpref.engine.forward import Features
 from tokpref.engine.gradients import GradientSums
 from tokpref.engine.head import Head
 from tokpref.engine.in_place import Wants
-from tokpref.engine.packing import pack_pairs, packed_inputs, packing_obstacle, segment_attention, split_by_tokens
+from tokpref.engine.attention import packed_attention, packed_inputs
+from tokpref.engine.packing import LAYOUTS, pack_pairs, pack_rows, split_by_tokens
+from tokpref.engine.trial import choose_layout, packing_obstacle, takes_segments
 
 SMALL = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, head_dim=8,
              vocab_size=41, max_position_embeddings=32, pad_token_id=0, bos_token_id=1, eos_token_id=2)
@@ -359,44 +361,71 @@ def test_a_loss_without_a_reference_runs_an_adapter_once():
         assert len(calls) == runs, name
 
 
-# Attention by segments
+# Layouts and their attentions
 
 @pytest.mark.parametrize("family", [family for family in MODELS if family != "Gemma2"])
-@pytest.mark.parametrize("segments", [True, False])
-def test_attention_by_segments_and_by_mask(family, segments, monkeypatch):
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_all_layouts_give_the_same(family, layout, monkeypatch):
     model, ref_model = (make(family, seed).float() for seed in (0, 1))
-    assert engine.takes_segments(model, shared_batch())
-    monkeypatch.setattr(one_pass, "pack_pairs", lambda batch, size, one_row: pack_pairs(batch, size, segments))
+    assert takes_segments(model, shared_batch())
+    monkeypatch.setattr(one_pass, "choose_layout", lambda models, batch, host: layout)
     batch, weights = shared_batch(), list(model.parameters())
-    close(fast("tdpo1", model, ref_model, batch, weights, shared_prompt=True), slow("tdpo1", model, ref_model, batch, weights), 1e-5)
+    fast_way = fast("tdpo1", model, ref_model, batch, weights, shared_prompt=True)
+    close(fast_way, slow("tdpo1", model, ref_model, batch, weights), 1e-5)
     assert model.config._attn_implementation == ref_model.config._attn_implementation == "sdpa"
 
 
 def test_segments_only_where_they_are_exact():
     batch = shared_batch()
-    assert not engine.takes_segments(make("Mistral", sliding_window=4).float(), batch)
+    assert not takes_segments(make("Mistral", sliding_window=4).float(), batch)
     model = make("Mistral", sliding_window=8).float()
-    assert engine.takes_segments(model, {name: x[:, :7] for name, x in batch.items()}), "no row is longer than the window"
-    assert not engine.takes_segments(model, batch), "a later batch may be"
-    model = make("Llama").float()
-    model.gradient_checkpointing_enable()
-    assert not engine.takes_segments(model, batch)
+    assert takes_segments(model, {name: x[:, :7] for name, x in batch.items()}), "no row is longer than the window"
+    assert not takes_segments(model, batch), "a later batch may be"
+
+
+def test_branches_are_for_a_gpu(monkeypatch):
+    model, batch = make("Llama").float(), shared_batch()
+    assert choose_layout([model], batch) != "branches"
+    monkeypatch.setattr(trial, "BRANCHES_ON_CPU", True)
+    assert choose_layout([model], batch) != "branches", "the third pair shares nothing"
+    sharing = {name: x[[0, 1, 3, 4]] for name, x in batch.items()}
+    assert choose_layout([model], sharing) == "branches"
+    dropping = make("Llama", attention_dropout=0.1).float().train()
+    assert choose_layout([dropping], sharing) != "branches", "FlashAttention over many sequences has no dropout here"
 
 
 def test_attention_is_given_back_after_an_error():
-    model, packed = make("Llama"), pack_pairs(shared_batch(), one_row=True)
+    model, packed = make("Llama"), pack_pairs(shared_batch(), layout="segments")
     with pytest.raises(KeyError):
-        with segment_attention(packed, model): raise KeyError
+        with packed_attention(packed, model): raise KeyError
     assert model.config._attn_implementation == "sdpa"
 
 
 def test_packed_inputs_are_of_no_use_to_another_attention():
-    model, packed = make("Llama"), pack_pairs(shared_batch(), one_row=True)
+    model, packed = make("Llama"), pack_pairs(shared_batch(), layout="segments")
     with pytest.raises(RuntimeError): model(**packed_inputs(packed, model))
 
 
+def test_a_model_that_keeps_our_attention_runs_as_before():
+    model, batch = make("Llama"), shared_batch()
+    inputs = dict(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+    wanted = model(**inputs).logits
+    model.config._attn_implementation = "tokpref_packed"
+    there = batch["attention_mask"].bool()
+    assert_close(model(**inputs).logits[there], wanted[there])
+
+
+def test_many_pairs_are_packed_in_little_time():
+    "The number of trials does not grow with the number of pairs; by hand: rows of 4 and 4 beat one of 8 and three of 4, 2 and 2."
+    assert pack_rows([4, 2, 2], hidden_size=0) == ([[0], [1, 2]], 4)
+    rows, length = pack_rows([7 * i % 400 + 1 for i in range(1024)], hidden_size=576)
+    assert sorted(i for row in rows for i in row) == list(range(1024)) and length >= 400
+
+
+@pytest.mark.parametrize("layout", ["segments", "branches"])
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_gradient_checkpoints_change_nothing(reentrant):
+def test_gradient_checkpoints_change_nothing(reentrant, layout, monkeypatch):
+    monkeypatch.setattr(one_pass, "choose_layout", lambda models, batch, host: layout)
     model, ref_model, batch = make("Llama").float(), make("Llama", 1).float(), shared_batch()
     pair_loss(model, ref_model, batch, LOSSES["tdpo1"]).loss.backward()
     wanted = [p.grad.clone() for p in model.parameters()]

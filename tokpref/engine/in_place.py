@@ -7,7 +7,7 @@ __all__ = ['on_cpu', 'fresh_matrix', 'Wants', 'blocks', 'joined', 'chunk_stats',
            'Positions', 'Workspace']
 
 # %% ../../nbs/library/engine/03_in_place.ipynb #66c7b494
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -163,11 +163,11 @@ class Workspace:
         *,
         chunk_size: int | None = None,  # positions in a chunk; None: from the budget
         budget: int | None = None,      # bytes for all buffers; None: as `pick_chunk_size` has it
-        stats: Callable = chunk_stats,  # what computes the statistics of a chunk
     ):
         device = positions.policy.device
         same = head is not None and ref_head is not None and ref_head.weight is head.weight
-        self.device, self.wants, self.chunk_stats = device, wants, stats
+        self.device = device
+        self.wants = wants
         self.head = None if head is None else head.detach().cast(device.type)
         self.ref_head = self.head if same else None if ref_head is None else ref_head.detach().cast(device.type)
         own = positions.policy if self.head is None else self.head.weight
@@ -234,10 +234,10 @@ class Workspace:
             ref_logits = self.logits(self.ref_head, at.reference, "reference")
         elif at.reference is not None:      # read before the policy's logits are written over it
             ref_logits = self.logits(self.ref_head, at.reference, "policy")
-            early = {"ref_logps": self.chunk_stats(ref_logits, None, at.targets, None, Wants())[0]["logps"]}
+            early = {"ref_logps": chunk_stats(ref_logits, None, at.targets, None, Wants())[0]["logps"]}
             ref_logits = None
         logits = self.logits(self.head, at.policy, "policy")
-        stats, norms = self.chunk_stats(logits, ref_logits, at.targets, self.spare(len(logits)), self.wants)
+        stats, norms = chunk_stats(logits, ref_logits, at.targets, self.spare(len(logits)), self.wants)
         return early | stats, norms
 
     def measure_all(self, positions: Positions) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -26,8 +26,9 @@ from .forward import (Features, Grid, features, host_batch, moved, reference_fea
                                     row_grid)
 from .gradients import Attach, GradientSums, add_gradients, add_gradients_again, make_workspace
 from .in_place import Positions, Wants, Workspace
-from .packing import (Packed, pack_pairs, packed_inputs, packing_obstacle, segment_attention, takes_blocks,
-                                    takes_segments)
+from .attention import packed_attention, packed_inputs
+from .packing import Packed, pack_pairs
+from .trial import choose_layout, packing_obstacle
 from .stats import pairs_of
 
 # %% ../../nbs/library/engine/06_one_pass.ipynb #a708492c
@@ -233,10 +234,8 @@ def plan(batch: dict, models: list[nn.Module], shared_prompt: bool | None) -> La
         _told.add(why)
         _log.warning("%s; each response runs with its own prompt", why)
     if shared_prompt is False or why: return moved(_layout(here), device)
-    by_blocks = all(takes_blocks(model) for model in models)
-    one_row = True if by_blocks else None if all(takes_segments(model, batch) for model in models) else False
-    packed = pack_pairs(here, base_model(models[0]).config.get_text_config().hidden_size, one_row)
-    if by_blocks: packed = packed._replace(parts=())        # FlexAttention finds the segments by itself
+    hidden_size = base_model(models[0]).config.get_text_config().hidden_size
+    packed = pack_pairs(here, hidden_size, choose_layout(models, batch, here))
     return moved(_layout(here, packed), device)
 
 # %% ../../nbs/library/engine/06_one_pass.ipynb #35cf3b09
@@ -247,7 +246,7 @@ def pair_features(model: nn.Module, ref_model: nn.Module | None, batch: dict, la
     models = [m for m in (model, ref_model) if m is not None]
     packed = layout.packed
     def inputs(m: nn.Module) -> dict: return batch if packed is None else packed_inputs(packed, m)
-    with contextlib.nullcontext() if packed is None else segment_attention(packed, *models):
+    with contextlib.nullcontext() if packed is None else packed_attention(packed, *models):
         found = reference_features(model, ref_model, inputs(ref_model or model), layout.positions) if live else None
         if wants.both and found is None:
             raise ValueError("a KL needs the reference's whole distribution: pass ref_model, or a PEFT model")
