@@ -32,5 +32,14 @@ def model():
     "A random GPT-2 of 64 tokens and two narrow layers, in float32 and evaluation mode."
     from transformers import GPT2Config, GPT2LMHeadModel
     torch.manual_seed(1)
-    config = GPT2Config(vocab_size=64, n_positions=128, n_embd=32, n_layer=2, n_head=2, bos_token_id=None, eos_token_id=1, pad_token_id=0)
+    config = GPT2Config(
+        vocab_size=64,
+        n_positions=128,
+        n_embd=32,
+        n_layer=2,
+        n_head=2,
+        bos_token_id=None,
+        eos_token_id=1,
+        pad_token_id=0,
+    )
     return GPT2LMHeadModel(config).eval()

@@ -31,7 +31,9 @@ import rooms  # noqa: E402
 NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
 CHAPTERS = [p for p in NOTEBOOKS if p.name != "index.ipynb"]
 DERIVATIONS = [p for p in NOTEBOOKS if p.parent.name == "derivations" and not p.name.startswith("00")]
-MODULES = sorted(p for p in (ROOT / "tokpref").rglob("*.py") if p.name not in ("__init__.py", "__main__.py", "_modidx.py"))
+MODULES = sorted(
+    p for p in (ROOT / "tokpref").rglob("*.py") if p.name not in ("__init__.py", "__main__.py", "_modidx.py")
+)
 SETTINGS = configparser.ConfigParser(delimiters=["="])
 SETTINGS.read(ROOT / "settings.ini", encoding="utf-8")
 SETTINGS = SETTINGS["DEFAULT"]
@@ -66,7 +68,9 @@ INSTALL = '#| hide\n![ -z "$COLAB_RELEASE_TAG" ] || pip install -q "git+https://
 @every(CHAPTERS)
 def test_a_chapter_opens_in_colab(path):
     first, second = nbformat.read(path, as_version=4).cells[1:3]
-    assert first.source.startswith("[![Open in Colab](") and first.source.splitlines()[0].endswith(f"/tokpref/blob/main/{name(path)})")
+    assert first.source.startswith("[![Open in Colab](") and first.source.splitlines()[0].endswith(
+        f"/tokpref/blob/main/{name(path)})"
+    )
     assert second.source == INSTALL, "the first code cell installs the package in Colab"
 
 
@@ -74,14 +78,24 @@ def test_a_chapter_opens_in_colab(path):
 def test_a_derivation_has_all_that_the_reader_was_promised(path):
     words = "\n".join(cell.source for cell in cells(path, "markdown"))
     code = "\n".join(cell.source for cell in cells(path, "code"))
-    for start in ("**The question.**", "**You need**", "**Time:**", "## What goes wrong", "## Exercises", "## Recap", "## Papers"):
+    for start in (
+        "**The question.**",
+        "**You need**",
+        "**Time:**",
+        "## What goes wrong",
+        "## Exercises",
+        "## Recap",
+        "## Papers",
+    ):
         assert re.search(f"(^|\\s){re.escape(start)}", words), f"nowhere: {start}"
-    assert 3 <= len(re.findall(r"<details>\s*<summary>Solution", words)) <= 6, "three to five exercises with hidden solutions"
+    assert 3 <= len(re.findall(r"<details>\s*<summary>Solution", words)) <= 6, (
+        "three to five exercises with hidden solutions"
+    )
     assert "slide(" in code and "film_pair()" in code, "one figure to move, one real pair"
     assert len(re.findall(r"\{#eq-", words)) >= 3 and len(re.findall(r"\bassert", code)) >= 8
 
 
-WHOLE = {"nbs/library/training/03_trainer.ipynb": "class PreferenceTrainer"}     # one class, to be read from top to bottom
+WHOLE = {"nbs/library/training/03_trainer.ipynb": "class PreferenceTrainer"}  # one class, to be read from top to bottom
 
 
 @every(NOTEBOOKS)
@@ -97,7 +111,9 @@ def test_outputs_are_fit_to_read(path):
     for cell in cells(path, "code"):
         for output in cell.outputs:
             text = "".join(output.get("data", {}).get("text/plain", "")) + "".join(output.get("text", ""))
-            assert output.output_type != "error" and "Traceback (most recent" not in text, f"a stored error: {cell.source[:60]}"
+            assert output.output_type != "error" and "Traceback (most recent" not in text, (
+                f"a stored error: {cell.source[:60]}"
+            )
             assert output.get("name") != "stderr", f"a stored warning: {cell.source[:60]}"
             assert not PATH.search(text), f"a path of one machine in the output of: {cell.source[:60]}"
             assert len(str(output)) < 1_500_000, f"an output of {len(str(output)) // 1000} kB: {cell.source[:60]}"
@@ -113,7 +129,9 @@ def test_exported_cells_import_by_name(path):
 @every(CHAPTERS)
 def test_prose_stands_between_code(path):
     kinds = (cell.cell_type == "code" for cell in nbformat.read(path, as_version=4).cells)
-    assert max(len(list(run)) for code, run in itertools.groupby(kinds) if code) <= 5, "no six code cells in a row without a word"
+    assert max(len(list(run)) for code, run in itertools.groupby(kinds) if code) <= 5, (
+        "no six code cells in a row without a word"
+    )
 
 
 def test_the_site_lists_every_notebook_once():
@@ -123,7 +141,9 @@ def test_the_site_lists_every_notebook_once():
 
 
 def test_nbdev_finds_the_site_description():
-    assert (ROOT / "nbs" / "_quarto.yml").read_text(encoding="utf-8") == (ROOT / "_quarto.yml").read_text(encoding="utf-8")
+    assert (ROOT / "nbs" / "_quarto.yml").read_text(encoding="utf-8") == (ROOT / "_quarto.yml").read_text(
+        encoding="utf-8"
+    )
 
 
 @pytest.mark.parametrize("where", ["in Colab", "elsewhere"])
@@ -133,7 +153,9 @@ def test_that_cell_installs_in_colab_and_nowhere_else(tmp_path, monkeypatch, whe
     pip.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path))
-    monkeypatch.setenv("COLAB_RELEASE_TAG", "release-colab_20260101-060000_RC00") if where == "in Colab" else monkeypatch.delenv("COLAB_RELEASE_TAG", raising=False)
+    monkeypatch.setenv(
+        "COLAB_RELEASE_TAG", "release-colab_20260101-060000_RC00"
+    ) if where == "in Colab" else monkeypatch.delenv("COLAB_RELEASE_TAG", raising=False)
     subprocess.run([sys.executable, "-m", "IPython", "--colors=NoColor", "-c", INSTALL], check=True)
     assert (called.read_text(encoding="utf-8").split() if called.exists() else None) == (
         ["install", "-q", "git+https://github.com/tokpref/tokpref"] if where == "in Colab" else None)
@@ -166,10 +188,16 @@ def test_readme_commands_are_ones_that_tokpref_takes():
 def test_readme_trains(tmp_path, monkeypatch, model, tokenizer):
     "The snippet as it stands, with a tiny model and two pairs in place of the names that need the network."
     model.save_pretrained(tmp_path / "model"), tokenizer.save_pretrained(tmp_path / "model")
-    pairs = [{"prompt": "say yes ", "chosen": "yes", "rejected": "no, never"}, {"prompt": "say no ", "chosen": "no", "rejected": "yes, often"}]
+    pairs = [
+        {"prompt": "say yes ", "chosen": "yes", "rejected": "no, never"},
+        {"prompt": "say no ", "chosen": "no", "rejected": "yes, often"},
+    ]
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)), encoding="utf-8")
     code = next(block for block in readme_blocks("python") if "PreferenceTrainer(" in block)
-    names = {'"Qwen/Qwen2.5-0.5B-Instruct"': repr(str(tmp_path / "model")), '"ultrafeedback"': repr(str(tmp_path / "pairs.jsonl"))}
+    names = {
+        '"Qwen/Qwen2.5-0.5B-Instruct"': repr(str(tmp_path / "model")),
+        '"ultrafeedback"': repr(str(tmp_path / "pairs.jsonl")),
+    }
     for known, local in names.items():
         assert known in code
         code = code.replace(known, local)
@@ -183,14 +211,23 @@ def test_readme_prints_what_the_front_page_prints_today():
     from nbclient import NotebookClient
     nb = nbformat.read(ROOT / "nbs" / "index.ipynb", as_version=4)
     stored = [shown(cell) for cell in nb.cells if cell.cell_type == "code"]
-    NotebookClient(nb, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(ROOT / "nbs")}}).execute()
-    assert [shown(cell) for cell in nb.cells if cell.cell_type == "code"] == stored, "mend with: make notebooks NB=nbs/index.ipynb prepare"
+    NotebookClient(
+        nb, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(ROOT / "nbs")}}
+    ).execute()
+    assert [shown(cell) for cell in nb.cells if cell.cell_type == "code"] == stored, (
+        "mend with: make notebooks NB=nbs/index.ipynb prepare"
+    )
 
 
 def shown(cell) -> list[str]:
     "What a cell printed, to the digits that every machine agrees on."
-    texts = [output.get("data", {}).get("text/markdown") or output.get("data", {}).get("text/plain") or output.get("text", "")
-             for output in cell.outputs if output.get("name") != "stderr" and "image/png" not in output.get("data", {})]
+    texts = [
+        output.get("data", {}).get("text/markdown")
+        or output.get("data", {}).get("text/plain")
+        or output.get("text", "")
+        for output in cell.outputs
+        if output.get("name") != "stderr" and "image/png" not in output.get("data", {})
+    ]
     return [re.sub(r"(\d\.\d{3})\d+", r"\1", text) for text in texts]
 
 
@@ -202,11 +239,13 @@ def test_the_layout_of_the_rooms_holds():
 
 @every(sorted((ROOT / "tokpref").rglob("*.py")))
 def test_the_oldest_python_can_read_it(path):
-    ast.parse(path.read_text(encoding="utf-8"), feature_version=tuple(int(n) for n in SETTINGS["min_python"].split(".")))
+    ast.parse(
+        path.read_text(encoding="utf-8"), feature_version=tuple(int(n) for n in SETTINGS["min_python"].split("."))
+    )
 
 
 def test_losses_do_not_load_transformers():
-    code = "import sys, tokpref, tokpref.losses; from tokpref import TokenStats, dpo_loss; print('transformers' in sys.modules)"
+    code = "import sys, tokpref.losses; from tokpref import TokenStats, dpo_loss; print('transformers' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == "False", done.stderr
 
@@ -229,13 +268,17 @@ def pins(path: Path, python: str = "3.12") -> dict[str, str]:
     lines = (line.split("#")[0].strip() for line in path.read_text(encoding="utf-8").splitlines())
     found = [pin for pin in map(Requirement, filter(None, lines))
              if "==" in str(pin.specifier) and pinning.needed(pin, python)]
-    assert len({pin.name for pin in found}) == len(found), f"{path.name} has two versions of a package for Python {python}"
+    assert len({pin.name for pin in found}) == len(found), (
+        f"{path.name} has two versions of a package for Python {python}"
+    )
     return {pin.name: next(iter(pin.specifier)).version for pin in found}
 
 
 @pytest.mark.parametrize("python", pinning.PYTHONS)
 def test_every_direct_dependency_is_pinned(python):
-    wanted = {name: requirement for name, requirement in pinning.wanted().items() if pinning.needed(requirement, python)}
+    wanted = {
+        name: requirement for name, requirement in pinning.wanted().items() if pinning.needed(requirement, python)
+    }
     pinned = pins(ROOT / "constraints.txt", python)
     assert not wanted.keys() - pinned.keys(), "mend with: make pins"
     for package, requirement in wanted.items():
@@ -268,9 +311,13 @@ def distributions(tmp_path_factory) -> tuple[Path, Path]:
     "(source distribution, the wheel made from it), built in a copy with the tools that are here."
     folder = tmp_path_factory.mktemp("dist")
     tree = folder / "tree"
-    leftovers = shutil.ignore_patterns("__pycache__", ".*", "build", "dist", "*.egg-info", "runs", "nbs", "results", "node_modules")
+    leftovers = shutil.ignore_patterns(
+        "__pycache__", ".*", "build", "dist", "*.egg-info", "runs", "nbs", "results", "node_modules"
+    )
     shutil.copytree(ROOT, tree, ignore=leftovers)
-    subprocess.run([sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, tree], check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, tree], check=True, capture_output=True
+    )
     return next(folder.glob("*.tar.gz")), next(folder.glob("*.whl"))
 
 
@@ -291,13 +338,17 @@ def test_the_wheel_holds_every_module(distributions):
     assert not [n for n in inside if n.startswith(("nbs", "tests", "tools"))]
     assert not re.findall(r"\]\((?!https?:|#)([^)\s]+)\)", metadata), "links in the long description are absolute"
     pictures = re.findall(r"!\[[^\]]*\]\(([^)]*)", metadata)
-    assert all("raw.githubusercontent.com" in address for address in pictures), "pictures are pictures, not pages about them"
+    assert all("raw.githubusercontent.com" in address for address in pictures), (
+        "pictures are pictures, not pages about them"
+    )
     assert "tokpref = tokpref.cli:main" in entries and f"Version: {SETTINGS['version']}\n" in metadata
 
 
 def test_the_quick_start_runs_with_the_wheel_alone(distributions, tmp_path):
     zipfile.ZipFile(distributions[1]).extractall(tmp_path / "installed")
-    (tmp_path / "quick_start.py").write_text(dist.quick_start() + "\nimport tokpref\nprint(tokpref.__file__)\n", encoding="utf-8")
+    (tmp_path / "quick_start.py").write_text(
+        dist.quick_start() + "\nimport tokpref\nprint(tokpref.__file__)\n", encoding="utf-8"
+    )
     env = os.environ | {"PYTHONPATH": str(tmp_path / "installed")}
     done = subprocess.run([sys.executable, "quick_start.py"], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0 and str(tmp_path / "installed") in done.stdout, done.stderr
@@ -318,7 +369,9 @@ WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 def test_workflows_run_pinned_actions_with_least_permissions(path):
     text = path.read_text(encoding="utf-8")
     actions = re.findall(r"uses: (\S+)", text)
-    assert actions and all(re.search(r"@[0-9a-f]{40}$", action) for action in actions), "an action is pinned to a commit"
+    assert actions and all(re.search(r"@[0-9a-f]{40}$", action) for action in actions), (
+        "an action is pinned to a commit"
+    )
     workflow = yaml.safe_load(text)
     assert workflow["permissions"] == {"contents": "read"}
     assert text.count("actions/checkout@") == text.count("persist-credentials: false")
@@ -359,7 +412,8 @@ def copy(tmp_path):
     (tmp_path / notebook).parent.mkdir(parents=True)
     shutil.copy(ROOT / notebook, tmp_path / notebook)
     (tmp_path / "tokpref" / "losses").mkdir(parents=True)
-    for file in ("__init__.py", "losses/__init__.py", "losses/types.py"): shutil.copy(ROOT / "tokpref" / file, tmp_path / "tokpref" / file)
+    for file in ("__init__.py", "losses/__init__.py", "losses/types.py"):
+        shutil.copy(ROOT / "tokpref" / file, tmp_path / "tokpref" / file)
     subprocess.run([check.BIN / "nbdev_export"], cwd=tmp_path, check=True, capture_output=True)
     assert check.exported(tmp_path) == []
     return tmp_path
@@ -368,7 +422,9 @@ def copy(tmp_path):
 def test_check_sees_an_edited_module(copy):
     module = copy / "tokpref" / "losses" / "types.py"
     module.write_text(module.read_text(encoding="utf-8").replace("bool tensor", "boolean tensor"), encoding="utf-8")
-    assert check.exported(copy) == ["tokpref/losses/types.py is not what its notebook exports; edit the notebook, then: make prepare"]
+    assert check.exported(copy) == [
+        "tokpref/losses/types.py is not what its notebook exports; edit the notebook, then: make prepare"
+    ]
 
 
 def test_check_sees_an_orphan_and_a_missing_module(copy):
@@ -379,7 +435,9 @@ def test_check_sees_an_orphan_and_a_missing_module(copy):
 
 def test_check_sees_an_unclean_notebook(copy):
     path = copy / "nbs" / "library" / "losses" / "00_types.ipynb"
-    path.write_text(path.read_text(encoding="utf-8").replace('"execution_count": null', '"execution_count": 7', 1), encoding="utf-8")
+    path.write_text(
+        path.read_text(encoding="utf-8").replace('"execution_count": null', '"execution_count": 7', 1), encoding="utf-8"
+    )
     assert check.exported(copy) == ["nbs/library/losses/00_types.ipynb is not clean; mend with: make prepare"]
 
 
@@ -394,7 +452,9 @@ def test_check_sees_what_does_not_import_on_its_own(copy):
     (copy / "tokpref" / "__init__.py").write_text("", encoding="utf-8")
     (copy / "tokpref" / "losses" / "__init__.py").write_text("", encoding="utf-8")
     (copy / "tokpref" / "wrong.py").write_text("import no_such_module\n", encoding="utf-8")
-    (copy / "tokpref" / "early.py").write_text("import sys\nassert 'tokpref.wrong' not in sys.modules\n", encoding="utf-8")
+    (copy / "tokpref" / "early.py").write_text(
+        "import sys\nassert 'tokpref.wrong' not in sys.modules\n", encoding="utf-8"
+    )
     (copy / "tests" / "test_old.py").write_text("from tokpref.early import gone\n", encoding="utf-8")
     (copy / "tokpref" / "losses" / "types.py").unlink()
     first, second = check.imports(copy)
@@ -421,10 +481,15 @@ def test_check_types_looks_again_only_at_what_changed(copy, monkeypatch):
 
 @pytest.mark.parametrize("where", ["in continuous integration", "elsewhere"])
 def test_check_types_says_when_it_cannot_run(copy, monkeypatch, capsys, where):
-    monkeypatch.setattr(check.subprocess, "run", lambda *args, **kwargs: subprocess.CompletedProcess(args, 1, "", "no network"))
+    monkeypatch.setattr(
+        check.subprocess, "run", lambda *args, **kwargs: subprocess.CompletedProcess(args, 1, "", "no network")
+    )
     monkeypatch.setenv("CI", "1") if where == "in continuous integration" else monkeypatch.delenv("CI", raising=False)
     lines = check.types(copy)
-    assert bool(lines) == (where == "in continuous integration") and "no network" in "".join(lines) + capsys.readouterr().out
+    assert (
+        bool(lines) == (where == "in continuous integration")
+        and "no network" in "".join(lines) + capsys.readouterr().out
+    )
 
 
 ROOM = """# AUTOGENERATED! DO NOT EDIT! File to edit: {notebook}.
@@ -448,8 +513,17 @@ def layout(root: Path, **files: tuple[str, list[str], str]) -> list[str]:
 FORMATS = ("library/data/00_formats.ipynb", ["Row"], "")
 
 
-@pytest.mark.parametrize("code", ["from .formats import Row", "from tokpref.data.formats import Row", "from ..checks import nearest",
-                                  "from .. import __version__", "def f():\n    from .formats import Row", "from . import formats"])
+@pytest.mark.parametrize(
+    "code",
+    [
+        "from .formats import Row",
+        "from tokpref.data.formats import Row",
+        "from ..checks import nearest",
+        "from .. import __version__",
+        "def f():\n    from .formats import Row",
+        "from . import formats",
+    ],
+)
 def test_the_layout_allows_arrows_to_earlier_rooms(tmp_path, code):
     assert layout(tmp_path, checks=("library/00_checks.ipynb", ["nearest"], ""), data__formats=FORMATS,
                   data__collate=("library/data/01_collate.ipynb", ["Collator"], code)) == []
@@ -484,8 +558,11 @@ def test_the_layout_refuses_a_second_home(tmp_path, notebook, names, complaint):
 
 
 def test_the_layout_names_a_circle(tmp_path):
-    lines = layout(tmp_path, data__formats=("library/data/00_formats.ipynb", [], "def f():\n    from .collate import g"),
-                   data__collate=("library/data/01_collate.ipynb", [], "from .formats import f"))
+    lines = layout(
+        tmp_path,
+        data__formats=("library/data/00_formats.ipynb", [], "def f():\n    from .collate import g"),
+        data__collate=("library/data/01_collate.ipynb", [], "from .formats import f"),
+    )
     assert "a circle of imports: data.collate, data.formats" in lines
 
 

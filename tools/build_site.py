@@ -1,8 +1,8 @@
 """Render the site without Quarto: `python tools/build_site.py [folder]` (default _site), or `make site`.
 
-Takes what Quarto would take, the notebooks as `nbdev_proc_nbs` leaves them and `_quarto.yml`, and writes pages that open from disk with
-no network. pandoc does the Markdown, KaTeX the formulas (as HTML, once, here), MiniSearch the search. Where Quarto is installed,
-`nbdev_docs` renders the same pages.
+Takes what Quarto would take, the notebooks as `nbdev_proc_nbs` leaves them and `_quarto.yml`, and writes pages that
+open from disk with no network. pandoc does the Markdown, KaTeX the formulas (as HTML, once, here), MiniSearch the
+search. Where Quarto is installed, `nbdev_docs` renders the same pages.
 """
 import base64
 import hashlib
@@ -27,9 +27,11 @@ PARTS, MODULES = ROOT / "tools" / "site", ROOT / "tools" / "site" / "node_module
 MARKDOWN = "markdown+lists_without_preceding_blankline-implicit_figures-citations-tex_math_single_backslash"
 EQUATION = re.compile(r"\$\$(?P<tex>(?:(?!\$\$).)+?)\$\$[ \t]*\{#(?P<id>eq-[\w-]+)\}", re.S)
 BADGE = re.compile(r"\[!\[([^\]]*)\]\(https://[^)]*badge[^)]*\)\]\(([^)]*)\)")
-CALLOUT = re.compile(r"^(:{3,} *\{[^}\n]*\.callout-(\w+)(?:[^}\n]*title=\"([^\"]*)\")?[^}\n]*\})\n+(?:#+ (.*)\n)?", re.M)
+CALLOUT = re.compile(
+    r"^(:{3,} *\{[^}\n]*\.callout-(\w+)(?:[^}\n]*title=\"([^\"]*)\")?[^}\n]*\})\n+(?:#+ (.*)\n)?", re.M
+)
 REFERENCE = re.compile(r"(?<![\w`@/])@((?:eq|fig|sec|tbl)-[\w-]*\w)")
-INDENT = re.compile(r'(<span id="cb[\d-]+")>(<a [^>]*></a>)( +)')       # a line of code that does not begin at the margin
+INDENT = re.compile(r'(<span id="cb[\d-]+")>(<a [^>]*></a>)( +)')  # a line of code that does not begin at the margin
 LONG = re.compile(r"<td(?=[^>]*>[^\n]{60,}</td>)")      # a cell of a table with a sentence in it
 DIRECTIVE = re.compile(r"^#\|\s*([\w-]+)\s*:?[ \t]*(.*)\n?", re.M)
 
@@ -58,28 +60,42 @@ class Page:
     def title(self) -> str: return self.text or self.meta["title"]
 
     @property
-    def promise(self) -> str: return re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(self.meta.get("description", ""), quote=False))
+    def promise(self) -> str:
+        return re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(self.meta.get("description", ""), quote=False))
 
     @property
     def top(self) -> str: return "../" * self.source.count("/")
 
 
 def process_notebooks() -> None:
-    "What `nbdev_proc_nbs` does, into _proc/; called from inside, because the command itself would first try to install Quarto."
-    done = subprocess.run([sys.executable, "-c", "from nbdev.quarto import refresh_quarto_yml as r; from nbdev.serve import proc_nbs as p; r(); p()"],
-                          cwd=ROOT, capture_output=True, text=True)
+    "What `nbdev_proc_nbs` does, into _proc/; called from inside, since the command would first try to install Quarto."
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "from nbdev.quarto import refresh_quarto_yml as r; from nbdev.serve import proc_nbs as p; r(); p()",
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     if done.returncode == 0: return
     where = re.search(r"Error in notebook: ([^\n]*) in cell \d+ :\n(.*?)\n\"\"\"", done.stderr, re.S)
     error = re.search(r"^\w*(?:Error|Exception)\b.*$", done.stderr, re.M)
     if not where: raise SiteError(f"nbdev cannot process the notebooks:\n{done.stderr.strip()}")
     files = [path for path in (ROOT / "nbs").rglob("*.ipynb") if f"\"# {where[1]}" in path.read_text(encoding="utf-8")]
-    raise SiteError(f"{files[0].relative_to(ROOT) if files else where[1]}: {error[0] if error else 'an error'}\nin this cell, which nbdev runs because it "
-                    f"imports or exports, without the cells around it:\n\n{where[2]}\n\nMend it; imports stand in cells of their own.")
+    raise SiteError(
+        f"{files[0].relative_to(ROOT) if files else where[1]}: {error[0] if error else 'an error'}\nin this cell, "
+        f"which nbdev runs because it imports or exports, without the cells around it:\n\n{where[2]}\n\n"
+        "Mend it; imports stand in cells of their own."
+    )
 
 
 def site_description() -> dict:
     "_quarto.yml over what nbdev writes from settings.ini."
-    own, nbdev = (yaml.safe_load((ROOT / "_proc" / name).read_text(encoding="utf-8")) for name in ("_quarto.yml", "nbdev.yml"))
+    own, nbdev = (
+        yaml.safe_load((ROOT / "_proc" / name).read_text(encoding="utf-8")) for name in ("_quarto.yml", "nbdev.yml")
+    )
     return {**nbdev["website"], **own["website"]}
 
 
@@ -128,7 +144,9 @@ def picture(page: Page, png: str, alt: str) -> str:
     "An image of a page, at the size it was drawn for."
     data = base64.b64decode(png)
     width, height = struct.unpack(">II", data[16:24])
-    return f'<p class="figure"><img src="{kept(page, data, "png")}" width="{width}" height="{height}" alt="{html.escape(alt)}" loading="lazy"></p>'
+    source = kept(page, data, "png")
+    size = f'width="{width}" height="{height}"'
+    return f'<p class="figure"><img src="{source}" {size} alt="{html.escape(alt)}" loading="lazy"></p>'
 
 
 def slides(page: Page, figure: str, alt: str) -> str:
@@ -152,14 +170,16 @@ def exported(page: Page, code: str) -> list[str]:
     "Source that went into the package: in full where it is the lesson, folded below its documentation elsewhere."
     found = re.findall(r"^(?:(?:async )?def|class) (\w+)|^(\w+)(?:\[[^]]*\])?(?::[^=\n]*)? =", code, re.M)
     names = list(dict.fromkeys(a or b for a, b in found))
-    anchors = "".join(f'<span id="{name.lower()}"></span>' for name in names if name.startswith("_"))     # nbdev links to these too
+    anchors = "".join(
+        f'<span id="{name.lower()}"></span>' for name in names if name.startswith("_")
+    )  # nbdev links to these too
     if page.source.startswith("derivations"): return [anchors, "::: {.exported title=\"in the package\"}", code, ":::"]
     said = ", ".join(f"<code>{name}</code>" for name in names) or "these lines"
     return [anchors, f"<details class=\"source\"><summary>Source of {said}</summary>", code, "</details>"]
 
 
 def named(name: str, after) -> str:
-    "In place of a function's documentation: a heading if its source, with all it documents, comes next, else only the anchor."
+    "In place of a function's documentation: a heading if its source, with all it documents, comes next, or an anchor."
     return f"### `{name}`" if after is not None and "code-fold" in after.source else f"[]{{#{name}}}"
 
 
@@ -177,7 +197,7 @@ def code_markdown(page: Page, cell, before: str, after) -> str:
 def page_markdown(page: Page) -> str:
     "The whole page as one Markdown text."
     parts, before = [], page.meta["title"]
-    for cell, after in zip(page.cells, [*page.cells[1:], None]):
+    for cell, after in zip(page.cells, [*page.cells[1:], None], strict=True):
         if cell.cell_type == "markdown":
             parts.append(BADGE.sub(r"[\1](\2){.badge}", cell.source))      # the picture would have to be fetched
             before = plain(cell.source) or before
@@ -198,7 +218,7 @@ def number_equations(text: str) -> tuple[str, dict[str, str]]:
 
 
 def resolve(page: Page, pages: list[Page], site: dict, markdown: str) -> str:
-    "Numbers for equations, words for references to them, pages for links to notebooks, and the repository for links to its other files."
+    "Equations get numbers, references to them words; links to notebooks lead to pages, others to the repository."
     blocks = re.split(r"(^(`{3,}).*?^\2\s*$|`[^`\n]+`)", markdown, flags=re.S | re.M)
     texts = [block for i, block in enumerate(blocks) if i % 3 != 2]     # the fence itself is a group of its own
     joined = "\0".join(text if i % 2 == 0 else f"\1{i}\1" for i, text in enumerate(texts))
@@ -209,7 +229,11 @@ def resolve(page: Page, pages: list[Page], site: dict, markdown: str) -> str:
     joined = REFERENCE.sub(lambda m: f"[{labels[m[1]]}](#{m[1]})", joined)
     joined = re.sub(r"(?<!!)(\[[^\]]*\])\((?!https?:|#|mailto:)([^)#\s]+)(#[^)\s]*)?\)",
                     lambda m: f"{m[1]}({link(page, pages, site, m[2])}{m[3] or ''})", joined)
-    joined = re.sub(rf"(\]\(){re.escape(site['site-url'])}/([^)#\s]+\.html)", lambda m: m[1] + posixpath.relpath(m[2], posixpath.dirname(page.source) or "."), joined)
+    joined = re.sub(
+        rf"(\]\(){re.escape(site['site-url'])}/([^)#\s]+\.html)",
+        lambda m: m[1] + posixpath.relpath(m[2], posixpath.dirname(page.source) or "."),
+        joined,
+    )
     joined = re.sub(r"(!\[[^\]]*\]\()(?!https?:|data:)([^)\s]+)\)", lambda m: f"{m[1]}{image(page, m[2])})", joined)
     return re.sub("\1(\\d+)\1", lambda m: texts[int(m[1])], joined).replace("\0", "")
 
@@ -226,7 +250,8 @@ def link(page: Page, pages: list[Page], site: dict, target: str) -> str:
     path = posixpath.normpath(posixpath.join("nbs", posixpath.dirname(page.source), target))
     found = next((p for p in pages if f"nbs/{p.source}" == path), None)
     if found: return posixpath.relpath(found.url, posixpath.dirname(page.source) or ".")
-    if path.endswith(".ipynb") or not (ROOT / path).exists(): raise SiteError(f"{page.source}: a link leads to {target}, which is no page and no file")
+    if path.endswith(".ipynb") or not (ROOT / path).exists():
+        raise SiteError(f"{page.source}: a link leads to {target}, which is no page and no file")
     return f"{site['repo-url']}/blob/{site['repo-branch']}/{path}"
 
 
@@ -234,16 +259,25 @@ def link(page: Page, pages: list[Page], site: dict, target: str) -> str:
 
 def headings(body: str) -> list[tuple[int, str, str]]:
     "(level, id, inner HTML) of the second and third level headings."
-    return [(int(level), id, inner) for level, id, inner in re.findall(r'<h([23])[^>]* id="([^"]+)"[^>]*>(.*?)</h\1>', body, re.S)]
+    return [
+        (int(level), id, inner)
+        for level, id, inner in re.findall(r'<h([23])[^>]* id="([^"]+)"[^>]*>(.*?)</h\1>', body, re.S)
+    ]
 
 
 def typeset(bodies: list[str]) -> list[str]:
     "Every formula as HTML, in one run of KaTeX; a formula it cannot read is an error."
     formula = re.compile(r'<span class="math (inline|display)">(.*?)</span>', re.S)
-    found = [{"tex": html.unescape(tex), "display": kind == "display"} for body in bodies for kind, tex in formula.findall(body)]
+    found = [
+        {"tex": html.unescape(tex), "display": kind == "display"}
+        for body in bodies
+        for kind, tex in formula.findall(body)
+    ]
     stray = next((f["tex"] for f in found if "](#eq-" in f["tex"] or "@eq-" in f["tex"]), None)
     if stray: raise SiteError(f"a formula cannot hold a reference: {stray}")
-    done = subprocess.run(["node", PARTS / "katex.mjs"], input=json.dumps(found), capture_output=True, text=True, cwd=PARTS)
+    done = subprocess.run(
+        ["node", PARTS / "katex.mjs"], input=json.dumps(found), capture_output=True, text=True, cwd=PARTS
+    )
     if done.returncode: raise SiteError(done.stderr.strip())
     rendered = iter(json.loads(done.stdout))
     return [formula.sub(lambda m: f'<span class="math {m[1]}">{next(rendered)}</span>', body) for body in bodies]
@@ -252,10 +286,21 @@ def typeset(bodies: list[str]) -> list[str]:
 def search_entries(page: Page) -> list[dict]:
     "One entry a section: where it is and its words."
     parts = re.split(r'<h[23][^>]* id="([^"]+)"[^>]*>(.*?)</h[23]>', page.body, flags=re.S)
-    words = lambda text: " ".join(html.unescape(re.sub(r"<[^>]+>", " ", re.sub(r'<span class="math.*?</math>.*?</span></span>', " ", text, flags=re.S))).split())
-    sections = [("", "", parts[0]), *zip(parts[1::3], parts[2::3], parts[3::3])]
-    return [{"url": page.url + (f"#{id}" if id else ""), "page": page.title, "title": words(heading), "text": words(text)[:4000]}
-            for id, heading, text in sections]
+    words = lambda text: " ".join(
+        html.unescape(
+            re.sub(r"<[^>]+>", " ", re.sub(r'<span class="math.*?</math>.*?</span></span>', " ", text, flags=re.S))
+        ).split()
+    )
+    sections = [("", "", parts[0]), *zip(parts[1::3], parts[2::3], parts[3::3], strict=True)]
+    return [
+        {
+            "url": page.url + (f"#{id}" if id else ""),
+            "page": page.title,
+            "title": words(heading),
+            "text": words(text)[:4000],
+        }
+        for id, heading, text in sections
+    ]
 
 
 def sidebar(pages: list[Page]) -> list[tuple[str, list[Page]]]:
@@ -279,12 +324,17 @@ def copy_assets(folder: Path) -> None:
 def write_lists(folder: Path, site: dict, pages: list[Page]) -> None:
     "What machines read: the search index, the sitemap, llms.txt."
     entries = [entry | {"id": i} for i, entry in enumerate(e for page in pages for e in search_entries(page))]
-    (folder / "assets" / "index.js").write_text(f"const PAGES = {json.dumps(entries, ensure_ascii=False)};\n", encoding="utf-8")
+    (folder / "assets" / "index.js").write_text(
+        f"const PAGES = {json.dumps(entries, ensure_ascii=False)};\n", encoding="utf-8"
+    )
     urls = "".join(f"<url><loc>{site['site-url']}/{page.url}</loc></url>" for page in pages)
     (folder / "sitemap.xml").write_text(f'<?xml version="1.0" encoding="UTF-8"?>\n<urlset xmlns="http://www.sitemaps.org/schemas/sitemap/0.9">{urls}</urlset>\n')
     lines = [f"# {site['title']}\n\n> {site['description']}\n"]
     for section, group in sidebar(pages):
-        lines += [f"\n## {section or 'Start'}\n", *(f"- [{p.title}]({site['site-url']}/{p.url}): {p.meta.get('description', '')}" for p in group)]
+        lines += [
+            f"\n## {section or 'Start'}\n",
+            *(f"- [{p.title}]({site['site-url']}/{p.url}): {p.meta.get('description', '')}" for p in group),
+        ]
     (folder / "llms.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
@@ -295,21 +345,29 @@ def build(folder: Path) -> list[Page]:
     pages = read_pages(site)
     for page in pages:
         markdown = resolve(page, pages, site, page_markdown(page))
-        body = pypandoc.convert_text(markdown, "html5", MARKDOWN, extra_args=["--katex", "--wrap=none", "--syntax-highlighting=default"])
+        body = pypandoc.convert_text(
+            markdown, "html5", MARKDOWN, extra_args=["--katex", "--wrap=none", "--syntax-highlighting=default"]
+        )
         body = INDENT.sub(lambda m: f'{m[1]} style="--in:{len(m[3])}ch">{m[2]}{m[3]}', body)
         page.body = LONG.sub('<td class="long"', body)
-    for page, body in zip(pages, typeset([page.body for page in pages])): page.body, page.toc = body, headings(body)
+    for page, body in zip(pages, typeset([page.body for page in pages]), strict=True):
+        page.body, page.toc = body, headings(body)
     shutil.rmtree(folder, ignore_errors=True)
     copy_assets(folder)
-    parts = [{"text": item["text"], "url": next(p.url for p in pages if p.source == item["href"])} for item in site["navbar"]["left"]]
+    parts = [
+        {"text": item["text"], "url": next(p.url for p in pages if p.source == item["href"])}
+        for item in site["navbar"]["left"]
+    ]
     template = jinja2.Environment(loader=jinja2.FileSystemLoader(PARTS), autoescape=False).get_template("page.html")
     for i, page in enumerate(pages):
         around = {"before": pages[i - 1] if i else None, "after": pages[i + 1] if i + 1 < len(pages) else None}
         path = folder / page.url
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(template.render(page=page, site=site, parts=parts, sidebar=sidebar(pages), **around), encoding="utf-8")
+        path.write_text(
+            template.render(page=page, site=site, parts=parts, sidebar=sidebar(pages), **around), encoding="utf-8"
+        )
         for name, data in page.figures.items():
-            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_bytes(data)
     write_lists(folder, site, pages)
     return pages

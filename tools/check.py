@@ -1,8 +1,8 @@
-"""What must hold before any test runs: `python tools/check.py [step ...]`, steps: exported readme rooms lint
-imports types.
+"""What must hold before any test runs: `python tools/check.py [step ...]`, steps: exported readme rooms lint imports
+types.
 
-Nothing here changes the working tree: notebooks are exported and cleaned in a copy, and the copy is compared. Every complaint
-is one line that says how to mend it; the exit status is 1 if there was any.
+Nothing here changes the working tree: notebooks are exported and cleaned in a copy, and the copy is compared. Every
+complaint is one line that says how to mend it; the exit status is 1 if there was any.
 """
 import hashlib
 import json
@@ -46,7 +46,9 @@ def exported(root: Path = ROOT) -> list[str]:
         copy = Path(folder).resolve()
         copy_sources(root, copy)
         for tool in ("nbdev_export", "nbdev_clean"):
-            done = subprocess.run([BIN / tool], cwd=copy, capture_output=True, text=True, env=os.environ | {"IN_TEST": ""})
+            done = subprocess.run(
+                [BIN / tool], cwd=copy, capture_output=True, text=True, env=os.environ | {"IN_TEST": ""}
+            )
             if done.returncode:
                 return [f"{tool} fails: {(done.stderr or done.stdout).strip().splitlines()[-1]}"]
         return compare(root, copy)
@@ -56,11 +58,16 @@ def compare(root: Path, copy: Path) -> list[str]:
     "Complaints about each file that differs between the working tree and its freshly exported and cleaned copy."
     here, fresh = files(root / "tokpref", "*.py"), files(copy / "tokpref", "*.py")
     notebooks, cleaned = files(root / "nbs", "*.ipynb"), files(copy / "nbs", "*.ipynb")
-    lines = [f"tokpref/{name} comes from no notebook; delete it, or export it from one" for name in here.keys() - fresh.keys()]
+    lines = [
+        f"tokpref/{name} comes from no notebook; delete it, or export it from one"
+        for name in here.keys() - fresh.keys()
+    ]
     lines += [f"tokpref/{name} is missing; mend with: make prepare" for name in fresh.keys() - here.keys()]
     lines += [f"tokpref/{name} is not what its notebook exports; edit the notebook, then: make prepare"
               for name in here.keys() & fresh.keys() if here[name] != fresh[name]]
-    lines += [f"nbs/{name} is not clean; mend with: make prepare" for name in notebooks if notebooks[name] != cleaned[name]]
+    lines += [
+        f"nbs/{name} is not clean; mend with: make prepare" for name in notebooks if notebooks[name] != cleaned[name]
+    ]
     return sorted(lines)
 
 
@@ -74,7 +81,9 @@ def lint(root: Path = ROOT) -> list[str]:
 
 def imports(root: Path = ROOT) -> list[str]:
     "Each module imports on its own."
-    done = subprocess.run([sys.executable, ROOT / "tools" / "imports.py", root], cwd=root, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, ROOT / "tools" / "imports.py", root], cwd=root, capture_output=True, text=True
+    )
     return done.stdout.splitlines() or ([done.stderr.strip().splitlines()[-1]] if done.returncode else [])
 
 
@@ -93,8 +102,12 @@ def types(root: Path = ROOT) -> list[str]:
         print(f"  {line}")
         return []
     complaints = json.loads(done.stdout)["generalDiagnostics"]
-    lines = [f"{Path(c['file']).relative_to(root).as_posix()}:{c['range']['start']['line'] + 1}: "
-             f"{c['message'].splitlines()[0]} ({c.get('rule', 'syntax')})" for c in complaints if c["severity"] == "error"]
+    lines = [
+        f"{Path(c['file']).relative_to(root).as_posix()}:{c['range']['start']['line'] + 1}: "
+        f"{c['message'].splitlines()[0]} ({c.get('rule', 'syntax')})"
+        for c in complaints
+        if c["severity"] == "error"
+    ]
     if not lines:
         known.write_text(digest, encoding="utf-8")
     return lines
@@ -114,7 +127,14 @@ def readme_matches() -> list[str]:
     return [] if readme.is_current() else ["README.md is not what nbs/index.ipynb says; mend with: make prepare"]
 
 
-STEPS = {"exported": exported, "readme": readme_matches, "rooms": rooms.check, "lint": lint, "imports": imports, "types": types}
+STEPS = {
+    "exported": exported,
+    "readme": readme_matches,
+    "rooms": rooms.check,
+    "lint": lint,
+    "imports": imports,
+    "types": types,
+}
 
 
 def main(names: list[str]) -> int:

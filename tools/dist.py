@@ -1,7 +1,8 @@
-"""Build the source distribution and the wheel, and try both as a reader would: `python tools/dist.py [folder]` (default dist).
+"""Build the source distribution and the wheel, and try both as a reader would: `python tools/dist.py [folder]`
+(default dist).
 
-Each is installed into an environment of its own, and the README's quick start runs there, away from the checkout. `--tag v1.2.3`
-checks besides that the tag is the version.
+Each is installed into an environment of its own, and the README's quick start runs there, away from the checkout.
+`--tag v1.2.3` checks besides that the tag is the version.
 """
 import argparse
 import re
@@ -18,7 +19,9 @@ def run(*command: object, cwd: Path = ROOT) -> str:
     "What a command prints; where it fails, its last lines and the end."
     done = subprocess.run([str(part) for part in command], cwd=cwd, capture_output=True, text=True)
     if done.returncode:
-        raise SystemExit("\n".join([f"dist: this fails: {command[0]} ...", *(done.stdout + done.stderr).splitlines()[-20:]]))
+        raise SystemExit(
+            "\n".join([f"dist: this fails: {command[0]} ...", *(done.stdout + done.stderr).splitlines()[-20:]])
+        )
     return done.stdout
 
 
@@ -69,7 +72,9 @@ def main() -> None:
     parser.add_argument("--tag", default="", help="the tag that a release is made from")
     arguments = parser.parse_args()
     if arguments.tag and arguments.tag != f"v{version()}":
-        raise SystemExit(f"dist: the tag is {arguments.tag}, and settings.ini says version {version()}: tag v{version()}")
+        raise SystemExit(
+            f"dist: the tag is {arguments.tag}, and settings.ini says version {version()}: tag v{version()}"
+        )
     for file in build(arguments.folder):
         try_out(file)
         print(f"{file.name}: installs, and the quick start runs")

@@ -1,7 +1,7 @@
 """Import every module on its own: `python tools/imports.py [root]`; one line for each that fails.
 
-All modules are imported by one process. Before each, whatever was imported from this project is forgotten, so that a module which
-only works after another one is found; libraries are kept, since loading them is what takes time.
+All modules are imported by one process. Before each, whatever was imported from this project is forgotten, so that a
+module which only works after another one is found; libraries are kept, since loading them is what takes time.
 """
 import importlib
 import importlib.util

@@ -1,7 +1,9 @@
-"""One notebook while it is being written: `python tools/nb.py nbs/library/data/02_collate.ipynb`, or `make nb NB=...`.
+"""One notebook while it is being written: `python tools/nb.py nbs/library/data/02_collate.ipynb`, or `make nb
+NB=...`.
 
-Exports all notebooks, looks at what this one exports with ruff, runs it from top to bottom with all its checks, stores what it
-printed, and cleans it. What this leaves out, `make prepare` does: the other notebooks, pytest, the types.
+Exports all notebooks, looks at what this one exports with ruff, runs it from top to bottom with all its checks,
+stores what it printed, and cleans it. What this leaves out, `make prepare` does: the other notebooks, pytest, the
+types.
 """
 import os
 import re

@@ -1,7 +1,8 @@
-"""Write constraints.txt from what is installed here: `python tools/pins.py`, after `make test-new` was green: `make pins`.
+"""Write constraints.txt from what is installed here: `python tools/pins.py`, or `make pins`, which tests first.
 
-Every package that settings.ini names gets one exact version for each Python that tokpref supports. Where an installed version does
-not support the oldest of them, pip is asked which newest one does. What tools/held.txt holds back stays as it is there.
+Every package that settings.ini names gets one exact version for each Python that tokpref supports. Where an installed
+version does not support the oldest of them, pip is asked which newest one does. What tools/held.txt holds back stays
+as it is there.
 """
 import configparser
 import json
@@ -20,8 +21,8 @@ CONSTRAINTS = ROOT / "constraints.txt"
 EXTRAS = ("requirements", "dev_requirements", "site_requirements", "notebooks_requirements")
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 HEAD = """\
-# One version of each package that settings.ini names, with which `make demo` and `make test` were green. `make pins` renews this
-# file: it runs the tests with the newest versions, then writes theirs. Minimum versions stand in settings.ini.
+# One version of each package that settings.ini names, with which `make demo` and `make test` were green. `make pins`
+# renews this file: it runs the tests with the newest versions, then writes theirs. settings.ini has the oldest ones.
 """
 
 

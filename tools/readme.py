@@ -1,7 +1,7 @@
 """Write README.md from nbs/index.ipynb: `python tools/readme.py`; `--check` only says whether it is up to date.
 
-The notebook is the source. Cells marked `#| hide` are left out, `#| echo: false` keeps only what the cell printed, what it drew
-becomes a file of nbs/images/, and links are turned from the notebook's folder to the repository's top.
+The notebook is the source. Cells marked `#| hide` are left out, `#| echo: false` keeps only what the cell printed,
+what it drew becomes a file of nbs/images/, and links are turned from the notebook's folder to the repository's top.
 """
 import base64
 import posixpath
@@ -56,7 +56,11 @@ def render(notebook: Path = NOTEBOOK) -> tuple[str, dict[Path, bytes]]:
     body, _ = MarkdownExporter().from_notebook_node(nb)
     body = re.sub(r"^```python\s+```$", "", body, flags=re.MULTILINE)
     body = re.sub(r"\n\s*\n\s*\n", "\n\n", LINK.sub(from_top, body)).strip()
-    return f"<!-- Written from nbs/index.ipynb by tools/readme.py: edit the notebook, then `make prepare`. -->\n\n{body}\n", drawn
+    return (
+        "<!-- Written from nbs/index.ipynb by tools/readme.py: edit the notebook, then `make prepare`. -->"
+        f"\n\n{body}\n",
+        drawn,
+    )
 
 
 def is_current() -> bool:
@@ -66,6 +70,7 @@ def is_current() -> bool:
 
 
 if __name__ == "__main__":
-    if "--check" in sys.argv[1:]: sys.exit(0 if is_current() else "README.md is not what nbs/index.ipynb says; mend with: make prepare")
+    if "--check" in sys.argv[1:]:
+        sys.exit(0 if is_current() else "README.md is not what nbs/index.ipynb says; mend with: make prepare")
     text, drawn = render()
     for path, data in {README: text.encode(), **drawn}.items(): path.write_bytes(data)

@@ -1,8 +1,8 @@
 """The layout of the package, checked: `python tools/rooms.py`; one line for each rule that a module breaks.
 
-A room is a module. It has a notebook of the same name, at most 350 lines, names that no other room exports, and arrows that point
-one way: a room imports from those before it in `ROOMS`, and within a folder from those with a smaller number, wherever in its text
-the import stands.
+A room is a module. It has a notebook of the same name, at most 350 lines, names that no other room exports, and
+arrows that point one way: a room imports from those before it in `ROOMS`, and within a folder from those with a
+smaller number, wherever in its text the import stands.
 """
 import ast
 import re
@@ -12,8 +12,23 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 MOST_LINES = 350
-ROOMS = ("checks", "losses", "exact", "models", "data", "engine", "metrics", "training", "evaluation", "plots", "example",
-         "experiments.compare", "experiments", "experiments.tasks", "cli")
+ROOMS = (
+    "checks",
+    "losses",
+    "exact",
+    "models",
+    "data",
+    "engine",
+    "metrics",
+    "training",
+    "evaluation",
+    "plots",
+    "example",
+    "experiments.compare",
+    "experiments",
+    "experiments.tasks",
+    "cli",
+)
 GENERATED = ("__init__.py", "_modidx.py")
 
 
@@ -103,7 +118,9 @@ def wrong_way(arrow: Arrow, rooms: dict[str, Room]) -> bool:
     targets = [rooms[arrow.target]] if arrow.target in rooms else [
         room for name, room in rooms.items() if within(arrow.target, name)]
     folder, own = number(rooms[arrow.source])
-    return arrow.target != arrow.source and any(number(target)[0] == folder and number(target)[1] >= own for target in targets)
+    return arrow.target != arrow.source and any(
+        number(target)[0] == folder and number(target)[1] >= own for target in targets
+    )
 
 
 def circles(edges: dict[str, set[str]]) -> list[list[str]]:
@@ -115,7 +132,11 @@ def circles(edges: dict[str, set[str]]) -> list[list[str]]:
             new = edges.get(todo.pop(), set()) - reached[start]
             reached[start] |= new
             todo += new
-    groups = {frozenset(n for n in reached[start] if start in reached.get(n, ())) for start in edges if start in reached[start]}
+    groups = {
+        frozenset(n for n in reached[start] if start in reached.get(n, ()))
+        for start in edges
+        if start in reached[start]
+    }
     return sorted(sorted(group) for group in groups)
 
 
@@ -150,8 +171,11 @@ def check_private(root: Path, rooms: list[Room]) -> list[str]:
                   for path in sorted((root / folder).glob("*.py"))]
     for name, path, tree in files:
         for arrow in arrows(name, tree, known):
-            lines += [f"{path.relative_to(root)}: line {arrow.line} takes {taken} from {arrow.target}; give it a public name"
-                      for taken in arrow.names if private(taken)]
+            lines += [
+                f"{path.relative_to(root)}: line {arrow.line} takes {taken} from {arrow.target}; give it a public name"
+                for taken in arrow.names
+                if private(taken)
+            ]
     return lines
 
 

@@ -12,8 +12,16 @@ import nbformat
 from nbclient import NotebookClient
 
 ROOT = Path(__file__).resolve().parent.parent
-QUIET = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": "ignore",
-         "HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TOKPREF_FRAMES": "1", "TOKPREF_RESULTS_ONLY": "1"}
+QUIET = {
+    "HF_HUB_OFFLINE": "1",
+    "HF_DATASETS_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "PYTHONWARNINGS": "ignore",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TOKPREF_FRAMES": "1",
+    "TOKPREF_RESULTS_ONLY": "1",
+}
 
 
 def worth_keeping(output: dict) -> bool:
@@ -28,12 +36,15 @@ def run(path: Path) -> None:
         print(f"{path.relative_to(ROOT)}: skipped, keeps its stored outputs")
         return
     start = time.time()
-    NotebookClient(nb, timeout=1200, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}).execute()
+    NotebookClient(
+        nb, timeout=1200, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}
+    ).execute()
     for cell in nb.cells:
         cell.metadata = {k: v for k, v in cell.metadata.items() if k == "tags"}
         if cell.cell_type == "code":
             cell.outputs = [o for o in cell.outputs if worth_keeping(o)]
-            for output in cell.outputs: output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)    # dead without its kernel
+            for output in cell.outputs:
+                output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)  # dead without its kernel
     nb.metadata = {"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}}
     nbformat.write(nb, path)
     print(f"{path.relative_to(ROOT)}: {time.time() - start:.1f} s")
