@@ -38,7 +38,7 @@ def sections(cells: list) -> list[list]:
 
 
 def measured(group: list) -> bool:
-    "Whether code of a section reads a file of results/; one that exports code shows how reading works, nothing measured."
+    "Whether code of a section reads a file of results/; one that exports code only shows how reading works."
     if any(re.search(r"^#\|\s*export", cell.source, re.M) for cell in group): return False
     return any(cell.cell_type == "code" and READS.search(cell.source) for cell in group)
 

@@ -29,7 +29,7 @@ ROOMS = (
     "experiments.tasks",
     "cli",
 )
-GENERATED = ("__init__.py", "_modidx.py")
+NO_ROOMS = ("__init__.py", "__main__.py", "_modidx.py")
 
 
 class Room(NamedTuple):
@@ -54,7 +54,7 @@ def read_rooms(root: Path) -> list[Room]:
     "Every module that a notebook exports."
     rooms = []
     for path in sorted((root / "tokpref").rglob("*.py")):
-        if path.name in GENERATED:
+        if path.name in NO_ROOMS:
             continue
         text = path.read_text(encoding="utf-8")
         source = re.search(r"File to edit: (\S+)\.$", text, re.M)
@@ -209,10 +209,10 @@ def check_notebooks(root: Path, rooms: list[Room]) -> list[str]:
 
 
 def exported_names(tree: ast.Module) -> list[str]:
-    "What a module's `__all__` lists."
+    "What a module's `__all__` lists; what it takes over from another module's list has its home there."
     for node in tree.body:
         if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__":
-            return ast.literal_eval(node.value)
+            return [item.value for item in getattr(node.value, "elts", []) if isinstance(item, ast.Constant)]
     return []
 
 
