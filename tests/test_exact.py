@@ -1,11 +1,26 @@
-"""What crosses chapters 3 and 8: which optimum each loss finds, on several languages, and what the exact solver refuses."""
+"""What crosses chapters 3 and 8: which optimum each loss finds, on several languages, and what `fit` refuses."""
 import pytest
 import torch
 from torch.testing import assert_close
 
 from tokpref.exact import (
-    TokenTree, conditionals, fit, kl_divergence, objective, occupancy, occupancy_kl, one_step_policy, random_tree,
-    reference_advantage, response_logps, sequence_optimum, sequence_pairs, soft_policy, soft_values, table_stats, token_pairs,
+    TokenTree,
+    conditionals,
+    fit,
+    kl_divergence,
+    objective,
+    occupancy,
+    occupancy_kl,
+    one_step_policy,
+    random_tree,
+    reference_advantage,
+    response_logps,
+    sequence_optimum,
+    sequence_pairs,
+    soft_policy,
+    soft_values,
+    table_stats,
+    token_pairs,
 )
 from tokpref.losses import LOSSES
 
@@ -13,21 +28,22 @@ BETA, REACHED, AWAY = 0.5, 1e-8, 1e-3
 TREES = [pytest.param(None, seed, id=f"equal-{seed}") for seed in (0, 1, 3)] + [pytest.param(2, 3, id="uneven-3")]
 
 
-def distances(tree, found):
+def distances(tree, fitted):
     "Occupancy-weighted KL from π_soft and from π_imp to the fit."
-    return [abs(occupancy_kl(tree, target(tree, BETA), found.log_policy).item()) for target in (soft_policy, one_step_policy)]
+    targets = soft_policy(tree, BETA), one_step_policy(tree, BETA)
+    return [abs(occupancy_kl(tree, target, fitted.log_policy).item()) for target in targets]
 
 
 @pytest.mark.parametrize("end, seed", TREES)
 @pytest.mark.parametrize("name, options, finds", [
     ("dpo", {}, "soft"), ("bpo", {}, "soft"), ("adpo", {"segments": 1}, "soft"), ("tdpo1", {}, "imp"),
-    ("adpo", {"window": 1}, None), ("tdpo2", {}, None), ("tbpo_a", {}, None), ("tbpo_a", {"generator": "logistic"}, None),
-    ("tbpo_q", {}, None), ("ipo", {}, None)])
+    ("adpo", {"window": 1}, None), ("tdpo2", {}, None), ("tbpo_a", {}, None),
+    ("tbpo_a", {"generator": "logistic"}, None), ("tbpo_q", {}, None), ("ipo", {}, None)])
 def test_sequence_labels(end, seed, name, options, finds):
     tree = random_tree(end=end, seed=seed)
-    found = fit(tree, LOSSES[name], BETA, options)
-    to_soft, to_imp = distances(tree, found)
-    assert found.gradient < 1e-11
+    fitted = fit(tree, LOSSES[name], BETA, options)
+    to_soft, to_imp = distances(tree, fitted)
+    assert fitted.gradient < 1e-11
     assert to_soft < REACHED if finds == "soft" else to_soft > AWAY
     assert to_imp < REACHED if finds == "imp" else to_imp > AWAY
 
@@ -35,13 +51,14 @@ def test_sequence_labels(end, seed, name, options, finds):
 @pytest.mark.parametrize("end, seed", TREES)
 @pytest.mark.parametrize("name, options, finds_by_advantage, finds_by_soft_advantage", [
     ("tbpo_a", {}, "imp", None), ("tbpo_a", {"generator": "logistic"}, "imp", None), ("tdpo1", {}, "imp", None),
-    ("tbpo_q", {"baseline_clip": None}, "imp", "soft"), ("adpo", {"window": 1}, None, "soft"), ("dpo", {}, None, "soft")])
+    ("tbpo_q", {"baseline_clip": None}, "imp", "soft"), ("adpo", {"window": 1}, None, "soft"),
+    ("dpo", {}, None, "soft")])
 def test_token_labels(end, seed, name, options, finds_by_advantage, finds_by_soft_advantage):
     tree = random_tree(end=end, seed=seed)
     q, v = soft_values(tree, BETA)
     for scores, finds in ((None, finds_by_advantage), (q - v[:, None], finds_by_soft_advantage)):
         to_soft, to_imp = distances(tree, fit(tree, LOSSES[name], BETA, options, token_pairs(tree, scores)))
-        assert to_soft < REACHED if finds == "soft" else to_soft > 1e-5     # TBPO-A comes within 1e-4 of π_soft, not closer
+        assert to_soft < REACHED if finds == "soft" else to_soft > 1e-5     # TBPO-A comes within 1e-4 of π_soft
         assert to_imp < REACHED if finds == "imp" else to_imp > AWAY
 
 
@@ -69,8 +86,10 @@ def test_optima_agree_with_brute_force(end):
     assert_close(objective(tree, soft_policy(tree, BETA), BETA), value)
     imp = one_step_policy(tree, BETA)
     assert_close(reference_advantage(tree), BETA * (imp - tree.ref_logps + kl_divergence(tree.ref_logps, imp)[:, None]))
-    assert_close(occupancy_kl(tree, imp, tree.ref_logps), kl_divergence(response_logps(tree, imp), response_logps(tree, tree.ref_logps)))
-    assert_close(occupancy(tree, imp).sum(), response_logps(tree, imp).exp() @ tree.mask.sum(-1).double())      # expected length
+    between_laws = kl_divergence(response_logps(tree, imp), response_logps(tree, tree.ref_logps))
+    assert_close(occupancy_kl(tree, imp, tree.ref_logps), between_laws)
+    expected_length = response_logps(tree, imp).exp() @ tree.mask.sum(-1).double()
+    assert_close(occupancy(tree, imp).sum(), expected_length)
 
 
 def test_a_loss_gets_only_the_statistics_it_asks_for():
@@ -86,11 +105,13 @@ def test_a_tree_of_depth_one_is_a_bandit():
 
 
 @pytest.mark.parametrize("build, message", [
-    (lambda: TokenTree(1, 3), "vocab >= 2"), (lambda: TokenTree(3, 0), "depth >= 1"), (lambda: TokenTree(3, 3, end=3), "end must be"),
-    (lambda: TokenTree(10, 9), "too many"), (lambda: TokenTree(2, 1, rewards=torch.zeros(3)), "rewards must have shape"),
+    (lambda: TokenTree(1, 3), "vocab >= 2"), (lambda: TokenTree(3, 0), "depth >= 1"),
+    (lambda: TokenTree(3, 3, end=3), "end must be"), (lambda: TokenTree(10, 9), "too many"),
+    (lambda: TokenTree(2, 1, rewards=torch.zeros(3)), "rewards must have shape"),
     (lambda: TokenTree(2, 1, rewards=torch.tensor([0.0, float("nan")])), "rewards must be finite"),
     (lambda: TokenTree(2, 1, ref_logps=torch.zeros(1, 2)), "row 0 of ref_logps"),
-    (lambda: soft_policy(random_tree(), 0.0), "beta must be"), (lambda: one_step_policy(random_tree(), -1.0), "beta must be"),
+    (lambda: soft_policy(random_tree(), 0.0), "beta must be"),
+    (lambda: one_step_policy(random_tree(), -1.0), "beta must be"),
     (lambda: fit(random_tree(), LOSSES["dpo"], labels="tokens"), "did you mean 'token'"),
     (lambda: fit(random_tree(), LOSSES["dpo"], options={"window": 1}), "window")])
 def test_bad_input_is_refused(build, message):
