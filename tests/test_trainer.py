@@ -224,6 +224,30 @@ def test_a_setting_without_effect_is_refused(tmp_path, settings, said):
     with pytest.raises(ValueError, match=said): PreferenceConfig(output_dir=str(tmp_path), **settings)
 
 
+@pytest.mark.parametrize("settings, said", [
+    (dict(learning_rate="fast"), "learning_rate must be a number, got 'fast'"),
+    (dict(max_length=None), "max_length must be a whole number, got None"),
+    (dict(max_length=0), "max_length must be a positive number, got 0"),
+    (dict(max_steps=2.5), "max_steps must be a whole number, got 2.5"),
+    (dict(max_steps=True), "max_steps must be a whole number, got True"),
+    (dict(bf16="maybe"), "bf16 must be true or false, got 'maybe'"),
+    (dict(token_budget="all"), "token_budget must be a whole number or None, got 'all'"),
+    (dict(loss=3), "loss must be text, got 3"),
+    (dict(beta=[0.1]), "beta must be a number or None"),
+    (dict(rpo_alpha=1.0), "rpo_alpha is a setting of TRL's that is not here: a sum with"),
+    (dict(report_to="neptune"), "report_to: neptune is not installed here"),
+])
+def test_a_setting_of_the_wrong_kind_is_named(tmp_path, settings, said):
+    with pytest.raises(ValueError, match=said): PreferenceConfig(output_dir=str(tmp_path), **settings)
+
+
+def test_numbers_are_taken_as_they_are_written(tmp_path):
+    config = PreferenceConfig(output_dir=str(tmp_path), max_steps=1e3, learning_rate="3e-4", beta=1, token_budget="64")
+    assert [type(value) for value in (config.max_steps, config.learning_rate, config.token_budget)] == [int, float, int]
+    assert (config.max_steps, config.learning_rate, config.beta, config.token_budget) == (1000, 3e-4, 1, 64)
+    assert PreferenceConfig(**config.to_dict()).to_dict() == config.to_dict()
+
+
 @pytest.mark.parametrize("theirs, ours", [
     (dict(loss_type="sigmoid"), dict(loss="dpo")),
     (dict(loss_type=["sigmoid"], label_smoothing=0.1), dict(loss="dpo", loss_options={"label_smoothing": 0.1})),

@@ -25,9 +25,10 @@ from torch import nn
 from ..data import PrepReport, check_tokenizer, prepare
 from ..engine.obstacles import engine_obstacles
 from ..engine.reference import add_ref_logps, cached_ref_logps
-from ..losses import BaselineHead, LossSpec
+from ..losses import BaselineHead
+from ..losses.registry import LossSpec, mixes_pairs
 from ..models import add_adapter, base_model, load_model, load_tokenizer
-from .config import PreferenceConfig, mixes_pairs
+from .config import PreferenceConfig
 
 # %% ../../nbs/library/training/01_setup.ipynb #a9103dff
 _log = logging.getLogger(__name__)

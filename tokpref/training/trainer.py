@@ -20,12 +20,12 @@ from transformers import Trainer, set_seed
 from ..data import PreferenceCollator, PrepReport
 from ..engine.one_pass import BatchLoss, pair_loss
 from ..engine.packing import split_by_tokens
-from ..losses import LossSpec
+from ..losses.registry import LossSpec, check_loss
 from ..metrics import RunningAverages, pair_metrics
 from ..models import disable_dropout, frozen, has_adapter, max_positions, pick_reference, reference_of
 from . import setup
 from .card import model_card
-from .config import PreferenceConfig, check_loss
+from .config import PreferenceConfig
 
 # %% ../../nbs/library/training/03_trainer.ipynb #848ece6d
 class PreferenceTrainer(Trainer):
