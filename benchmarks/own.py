@@ -6,16 +6,15 @@ from functools import partial
 from torch import Tensor, nn
 
 from tokpref import LOSSES, token_stats
-
-try: from tokpref.engine.one_pass import pair_loss
-except ImportError: pair_loss = None        # a tokpref from before its one-pass engine
+from tokpref.engine.one_pass import pair_loss
+from tokpref.models import compile_layers
 
 _LABELS = {"dpo": "DPO", "tdpo2": "TDPO2", "tbpo_a": "TBPO-A"}
 
 
 def _loss(name: str, beta: float, alpha: float) -> partial:
     "An entry of LOSSES with its options set."
-    options = {k: v for k, v in dict(beta=beta, alpha=alpha).items() if k in LOSSES[name].options}
+    options = {k: v for k, v in {"beta": beta, "alpha": alpha}.items() if k in LOSSES[name].options}
     return partial(LOSSES[name], **options)
 
 
@@ -29,9 +28,14 @@ def engine(policy: nn.Module, reference: nn.Module, batch: dict, loss: partial, 
     return lambda: pair_loss(policy, reference, batch, loss, **switches).loss
 
 
+def compiled(policy: nn.Module, reference: nn.Module, batch: dict, loss: partial) -> Callable[[], Tensor]:
+    "pair_loss on models whose layers are compiled; they stay so."
+    for model in (policy, reference): compile_layers(model)
+    return engine(policy, reference, batch, loss)
+
+
 def _variants() -> dict[str, tuple[str, dict]]:
     "name -> (what it is, switches of pair_loss), as far as this tokpref has them."
-    if pair_loss is None: return {}
     has = inspect.signature(pair_loss).parameters
     variants = {"own": ("tokpref {}", {}), "own-entropy": ("tokpref {}, with entropy to log", {"entropy": True}),
                 "own-roomy": ("tokpref {}, 256 MiB for scores", {"workspace": 256 * 2**20}),
@@ -45,6 +49,7 @@ def contenders(beta: float, alpha: float) -> dict[str, tuple[str, str, Callable]
     rows = {}
     for name, label in _LABELS.items():
         loss = _loss(name, beta, alpha)
+        rows[f"own-compiled-{name}"] = f"tokpref {label}, layers compiled", name, partial(compiled, loss=loss)
         rows[f"own-plain-{name}"] = f"tokpref {label}, statistics then loss, padded", name, partial(plain, loss=loss)
         for variant, (words, switches) in _variants().items():
             rows[f"{variant}-{name}"] = words.format(label), name, partial(engine, loss=loss, **switches)

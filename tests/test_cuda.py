@@ -15,7 +15,9 @@ from torch.testing import assert_close
 import test_engine as plain_engine
 from tokpref import LOSSES, BaselineHead, PreferenceConfig, PreferenceTrainer, pair_loss, preference_metrics, sample, sample_kl, token_stats
 from tokpref.data import PreferenceCollator, prepare
+from tokpref.engine import one_pass, trial
 from tokpref.experiments.judges import RewardJudge
+from tokpref.models import compile_layers
 
 DEVICE = torch.device(os.environ.get("TOKPREF_TEST_DEVICE", "cuda"))
 pytestmark = pytest.mark.skipif(DEVICE.type == "cuda" and not torch.cuda.is_available(), reason="needs a GPU")
@@ -247,3 +249,64 @@ def test_a_reward_model_judges_alike(tokenizer, tmp_path):
     scorer.save_pretrained(tmp_path), tokenizer.save_pretrained(tmp_path)
     there_, back = (RewardJudge(str(tmp_path), max_length=64)(["say"], *pair)[0] for pair in ((["yes"], ["no no"]), (["no no"], ["yes"])))
     assert there_ + back == pytest.approx(1, abs=1e-6)
+
+
+# The way of a GPU
+
+def sharing_batch():
+    "Two pairs that share their beginnings."
+    return {name: x[[0, 1, 3, 4]] for name, x in plain_engine.shared_batch().items()}
+
+
+def wide(seed: int):
+    "A random Llama with heads of 16, which FlashAttention takes."
+    torch.manual_seed(seed)
+    config = transformers.LlamaConfig(vocab_size=101, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+                                      num_key_value_heads=2, pad_token_id=0)
+    return transformers.LlamaForCausalLM(config).double().eval()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("name", ["dpo", "tdpo2", "tbpo_a"])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 0.05), (torch.float16, 0.01)])
+def test_branches(dtype, tolerance, name, checkpointing, monkeypatch):
+    "Attention in branches and the kernels, in half precision, against full logits in float64."
+    monkeypatch.setattr(trial, "BRANCHES_ON_CPU", DEVICE.type == "cpu")
+    policy, reference, batch = wide(0), wide(1).requires_grad_(False), sharing_batch()
+    wanted = plain_engine.slow(name, policy, reference, batch, list(policy.parameters()))
+    model, ref_model = there(policy, dtype), there(reference, dtype)
+    assert trial.choose_layout([model, ref_model], moved(batch)) == "branches"
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
+    found = plain_engine.fast(name, model, ref_model, moved(batch), list(model.parameters()), shared_prompt=True)
+    loss, gradients = distance(found, wanted)
+    assert loss < tolerance and gradients < tolerance, (loss, gradients)
+
+
+def test_compiled_layers_change_nothing():
+    policy, reference, batch = wide(0), wide(1).requires_grad_(False), sharing_batch()
+    wanted = plain_engine.slow("tdpo2", policy, reference, batch, list(policy.parameters()))
+    model, ref_model = there(policy, torch.bfloat16), there(reference, torch.bfloat16)
+    for m in (model, ref_model): compile_layers(m, backend="inductor" if DEVICE.type == "cuda" else "eager")
+    for _ in range(2):
+        model.zero_grad()
+        found = plain_engine.fast("tdpo2", model, ref_model, moved(batch), list(model.parameters()), shared_prompt=True)
+        loss, gradients = distance(found, wanted)
+        assert loss < 0.05 and gradients < 0.05, (loss, gradients)
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="there is nothing to wait for")
+@pytest.mark.parametrize("name", ["dpo", "tdpo2"])
+def test_a_step_waits_only_for_its_plan(name, monkeypatch):
+    model, ref_model = there(wide(0), torch.bfloat16), there(wide(1), torch.bfloat16).requires_grad_(False)
+    batch, plan = moved(sharing_batch()), one_pass.plan
+    def step(): pair_loss(model, ref_model, batch, LOSSES[name]).loss.backward()
+    step()
+    def waiting_plan(*args):
+        torch.cuda.set_sync_debug_mode("default")
+        try: return plan(*args)
+        finally: torch.cuda.set_sync_debug_mode("error")
+    monkeypatch.setattr(one_pass, "plan", waiting_plan)
+    try: step()
+    finally: torch.cuda.set_sync_debug_mode("default")

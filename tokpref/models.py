@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['models_root', 'local_model', 'load_tokenizer', 'load_model', 'lora', 'add_adapter', 'fastest_device', 'Precision',
            'pick_precision', 'autocast', 'autocast_dtype', 'unwrapped', 'without_ddp', 'base_model', 'max_positions',
-           'evaluating', 'disable_dropout', 'frozen', 'has_adapter', 'pick_reference', 'reference_of']
+           'layers_of', 'compile_layers', 'evaluating', 'disable_dropout', 'frozen', 'has_adapter', 'pick_reference',
+           'reference_of']
 
 # %% ../nbs/library/01_models.ipynb #451b2397
 import contextlib
@@ -17,7 +18,6 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, cast
 
 import torch
 import transformers
-from accelerate.utils import extract_model_from_parallel
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils.hub import cached_file
@@ -204,9 +204,14 @@ def autocast_dtype(device_type: str) -> torch.dtype | None:
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
 
 # %% ../nbs/library/01_models.ipynb #49419e26
+_WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "DeepSpeedEngine")
+
+
 def unwrapped(model: nn.Module) -> Any:
     "The model without the wrappers of several processes; an adapter stays on, and a compiled model stays compiled."
-    return extract_model_from_parallel(model, keep_fp32_wrapper=True)
+    inner: Any = model
+    while any(kind.__name__ in _WRAPPERS for kind in type(inner).__mro__): inner = inner.module
+    return inner
 
 
 def without_ddp(model: _Model) -> _Model:
@@ -226,12 +231,25 @@ def max_positions(*models: nn.Module | None) -> int | None:
     sizes = [getattr(config, "max_position_embeddings", None) for config in configs]
     return min((size for size in sizes if size), default=None)
 
+# %% ../nbs/library/01_models.ipynb #d10952ff
+def layers_of(model: nn.Module) -> list[nn.Module]:
+    "The layers of the decoder: the longest list of modules of one class. Raises `ValueError` where there is none."
+    lists = [module for module in base_model(model).modules() if isinstance(module, nn.ModuleList)]
+    alike = [layers for layers in lists if len({type(layer) for layer in layers}) == 1]
+    if not alike: raise ValueError(f"{type(base_model(model)).__name__} has no list of layers that are alike, so it can't be compiled by layers")
+    return list(max(alike, key=lambda layers: sum(p.numel() for p in layers.parameters())))
+
+
+def compile_layers(model: nn.Module, **options) -> None:
+    "Compile the layers of a model in place; `options` go to `torch.compile`. The first step with them takes longer."
+    for layer in layers_of(model): layer.compile(**{"dynamic": True, **options})
+
 # %% ../nbs/library/01_models.ipynb #f7caa72d
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     "Every module in eval mode inside, each as it was after."
     training = [module for module in model.modules() if module.training]
-    model.eval()
+    for module in training: module.training = False
     try: yield
     finally:
         for module in training: module.training = True

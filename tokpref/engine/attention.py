@@ -293,7 +293,7 @@ def packed_inputs(packed: Packed, model: nn.Module) -> dict:
         mask = next(iter(masks.values())) if len(masks) == 1 else masks
     else:
         table = branch_table(packed) if packed.layout == "branches" else segment_table(packed)
-        table = table.to(packed.input_ids.device)
+        table = table.to(packed.input_ids.device, non_blocking=True)
         kinds = attention_windows(model)
         mask = table if len(kinds) == 1 else dict.fromkeys(kinds, table)
     return {"input_ids": packed.input_ids, "position_ids": packed.position_ids, "attention_mask": mask}
