@@ -6,7 +6,9 @@ import linecache
 import json
 import math
 import os
+import shutil
 import socket
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -17,12 +19,12 @@ from peft import LoraConfig
 
 from tokpref.data import PreferenceCollator
 from tokpref.evaluation import estimate, preference_metrics, sample, sample_kl
-from tokpref.experiments.compare import baselines
+from tokpref.experiments.compare import baselines, figures, sources, table, train
 from tokpref.experiments.compare import run as harness
 from tokpref.experiments import scratch
 from tokpref.experiments.tasks import sentiment, toy
-from tokpref.experiments.compare import (TASKS, VARIANTS, LossRun, RunConfig, compare, comparison_figure, comparison_table, find_task,
-                                         resolve_losses, summarise)
+from tokpref.experiments.compare import (TASKS, VARIANTS, LossRun, Preparation, RunConfig, Stage, compare, comparison_figure, comparison_table,
+                                         find_task, held_out_metrics, read_profiles, resolve_losses, summarise)
 from tokpref.losses import LOSSES, LossSpec
 
 QUICK = {"steps": 3, "eval_steps": 2, "pretrain_steps": 10, "pairs": 64, "eval_pairs": 16, "letters": 3}
@@ -36,7 +38,7 @@ def test_every_label_and_profile_is_sound():
     for name in ("toy", "sentiment"):
         for profile in find_task(name).profiles:
             _, config = find_task(name).configure(profile)
-            runs = resolve_losses(None, config)
+            runs = resolve_losses(None, config, find_task(name).variants)
             assert set(runs) == set(config.losses) and all(run.loss in LOSSES and run.beta > 0 and run.learning_rate > 0 for run in runs.values())
             assert config.steps % config.eval_steps == 0
     assert {run.loss for run in VARIANTS.values()} >= {"dpo", "ipo", "simpo", "adpo", "tdpo1", "tdpo2", "bpo", "tbpo_q", "tbpo_a"}
@@ -108,22 +110,95 @@ def test_an_edited_loss_is_trained_anew_and_the_others_are_read(tmp_path, monkey
     assert records[2]["runs"][1]["metrics"] != records[0]["runs"][1]["metrics"]
     run(progress=True)
     assert "2 of 2 runs read from" in capsys.readouterr().err
-    monkeypatch.setattr(harness, "versions", lambda: {"tokpref": "another"})
+    monkeypatch.setattr(sources, "versions", lambda: {"tokpref": "another"})
     run(progress=False)
     assert calls == ["dpo", "mine", "mine", "dpo", "mine"]
 
 
-def test_what_a_run_is_made_of(monkeypatch):
-    "Of the losses only its own; trainer and engine; nothing that draws or prints."
-    shared = {str(path.relative_to(harness._ROOT)).replace("\\", "/") for path in harness._SHARED}
-    assert {"losses/types.py", "trainer.py", "engine.py", "scores.py", "packing.py", "stats.py", "data.py", "reference.py", "evaluation.py",
-            "experiments/compare/run.py", "experiments/scratch.py"} <= shared
-    assert not {"losses/dpo.py", "plots.py", "cli.py", "experiments/toy.py"} & shared
-    dpo, behind = LOSSES["dpo"].fn, harness._code_behind
+def modules_of(name):
+    "The modules behind a run of the toy with that loss."
+    spec = LOSSES[name]
+    functions = (train.train_one, train.train_with_loss, find_task("toy").prepare, spec.fn)
+    return set(sources.modules_behind([function.__module__ for function in functions], sources.package_root()))
+
+
+def test_what_a_run_is_made_of():
+    "Of the losses only its own; trainer, engine and data; the task; nothing that draws or prints."
+    shared = {f"tokpref.{name}" for name in ("losses.types", "losses.dpo", "training.trainer", "engine.one_pass", "engine.stats", "models",
+                                             "experiments.compare.train", "experiments.compare.measure", "experiments.tasks.toy")}
+    assert shared <= modules_of("dpo") and any(name.startswith("tokpref.data.") for name in modules_of("dpo"))
+    assert not [name for name in modules_of("dpo") if name.startswith(("tokpref.plots", "tokpref.cli", "tokpref.losses.adpo"))]
+    assert "tokpref.losses.tdpo" not in modules_of("dpo") and "tokpref.losses.tdpo" in modules_of("tdpo2")
+    dpo, behind = LOSSES["dpo"].fn, sources.code_behind
     assert behind(dpo) == behind(functools.partial(dpo, beta=2.0)) != behind(LOSSES["tdpo2"].fn) and behind(dpo, find_task("toy").prepare) != behind(dpo)
-    before = behind(dpo)
-    monkeypatch.setattr(harness, "_SHARED", harness._SHARED[1:])
-    assert behind(dpo) != before
+
+
+def test_the_judges_are_part_of_what_they_judge():
+    modules = sources.modules_behind([find_task("instructions").prepare.__module__], sources.package_root())
+    assert any("judge" in name for name in modules)
+
+
+@pytest.fixture(scope="module")
+def copied_package(tmp_path_factory):
+    root = tmp_path_factory.mktemp("copy") / "tokpref"
+    shutil.copytree(sources.package_root(), root, ignore=shutil.ignore_patterns("__pycache__"))
+    return root
+
+
+def test_any_file_behind_a_run_makes_it_anew(copied_package):
+    "Each file that is followed counts, in a copy of the package; comments, docstrings and what draws do not."
+    functions = (train.train_one, find_task("instructions").prepare, LOSSES["dpo"].fn)
+    code = lambda: sources.code_behind(*functions, root=copied_package)
+    before = code()
+    modules = sources.modules_behind([function.__module__ for function in functions], copied_package)
+    assert len(modules) > 15
+    for module in modules:
+        file = sources.module_file(module, copied_package)
+        text = file.read_text(encoding="utf-8")
+        file.write_text(text + "\n_edited = 1\n", encoding="utf-8")
+        assert code() != before, module
+        file.write_text(text + "\n# a comment\n", encoding="utf-8")
+        assert code() == before, module
+        file.write_text(text, encoding="utf-8")
+    for name in ("tokpref.plots.comparison", "tokpref.experiments.compare.table", "tokpref.losses.adpo"):
+        file = sources.module_file(name, copied_package)
+        file.write_text(file.read_text(encoding="utf-8") + "\n_edited = 1\n", encoding="utf-8")
+        assert code() == before, name
+
+
+def test_a_module_that_was_split_counts_too(copied_package):
+    "Code that moves into a new file is followed there."
+    behind = lambda: sources.modules_behind(["tokpref.losses.dpo"], copied_package)
+    file = sources.module_file("tokpref.losses.dpo", copied_package)
+    (copied_package / "losses" / "halves").mkdir()
+    (copied_package / "losses" / "halves" / "__init__.py").write_text("from .inner import half as one_half\n")
+    (copied_package / "losses" / "halves" / "inner.py").write_text("def half(x): return x / 2\n")
+    file.write_text(file.read_text(encoding="utf-8") + "\n\ndef late():\n    from .halves import one_half\n    return one_half\n")
+    assert "tokpref.losses.halves.inner" in behind() or "tokpref.losses.halves" in behind()
+
+
+EDITED = """
+import sys
+from pathlib import Path
+from tokpref.experiments.compare import compare
+root, out = Path(sys.argv[1]), Path(sys.argv[2])
+kept = []
+for name in ("", "experiments/compare/table.py", "engine/stats.py"):
+    if name:
+        file = root / name
+        file.write_text(file.read_text() + "\\n_edited = 1\\n")
+    compare("toy", "smoke", "dpo", out=out, progress=False,
+            overrides={"steps": 2, "eval_steps": 2, "pretrain_steps": 5, "pairs": 64, "eval_pairs": 16, "letters": 3})
+    kept.append(len(list((out / "runs").glob("*.json"))))
+print(kept)
+"""
+
+
+def test_an_edited_package_repeats_the_run(copied_package, tmp_path):
+    "End to end, in a process that imports the copy: an edit of the table is no new run, one of the engine is."
+    done = subprocess.run([sys.executable, "-c", EDITED, str(copied_package), str(tmp_path / "out")], capture_output=True, text=True,
+                          cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(copied_package.parent)})
+    assert done.stdout.strip() == "[1, 1, 2]", done.stderr
 
 
 def test_same_seed_same_numbers(tmp_path):
@@ -146,6 +221,27 @@ def test_a_broken_run_is_reported_and_not_kept(tmp_path):
     (lambda: compare("toy", losses=["tdpo3"]), "did you mean 'tdpo"),
     (lambda: compare("toy", losses={"x": ("dpo", {"window": 2})}), "'window' is not used"),
     (lambda: compare("toy", overrides={"stpes": 3}), "did you mean 'steps'"),
+    (lambda: compare("toy", losses=["tdpo2:alpha=-1"]), "'tdpo2:alpha=-1': alpha must be"),
+    (lambda: compare("toy", losses=["dpo:beta=-1"]), "beta must be a positive number"),
+    (lambda: compare("toy", losses=["dpo:learning_rate=0"]), "learning_rate must be a positive number"),
+    (lambda: compare("toy", losses=["adpo:segments=0"]), "segments must be"),
+    (lambda: compare("toy", losses={"x": LossRun("bpo", {"generator": "nonsense"})}), "'x': "),
+    (lambda: compare("toy", losses=[]), "losses is empty"),
+    (lambda: compare("toy", losses=["dpo-fkl:label_smoothing=0.1"]), "write 'dpo:f_divergence=forward_kl,label_smoothing=0.1'"),
+    (lambda: compare("toy", seeds=[]), "seeds is empty"),
+    (lambda: compare("toy", seeds=[0, 0]), "name one twice"),
+    (lambda: compare("toy", losses=["ppo:samples=3"]), "choose a divisor"),
+    (lambda: compare("toy", losses=["ppo:uses=0"]), "uses must be a whole number"),
+    (lambda: compare("toy", losses=["best-of-0"]), "n must be a whole number"),
+    (lambda: compare("toy", losses=["sft:beta=0.3"]), "beta would be ignored"),
+    (lambda: compare("toy", overrides={"steps": 0}), "steps must be a whole number of at least 1"),
+    (lambda: compare("toy", overrides={"batch_size": 0}), "batch_size must be"),
+    (lambda: compare("toy", overrides={"learning_rate": -1e-4}), "learning_rate must be a positive number"),
+    (lambda: compare("toy", overrides={"optimizer": "rmspop"}), "did you mean 'rmsprop'"),
+    (lambda: compare("toy", overrides={"schedule": "lineer"}), "did you mean 'linear'"),
+    (lambda: compare("toy", overrides={"schedule": "cosine_with_min_lr"}), "can't be used"),
+    (lambda: compare("toy", overrides={"tuning": {"dpoo": {"beta": 1.0}}}), "did you mean 'dpo'"),
+    (lambda: compare("toy", overrides={"tuning": {"dpo": {"beat": 1.0}}}), "did you mean 'beta'"),
 ])
 def test_slips_are_caught_before_anything_runs(call, says, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -157,6 +253,107 @@ def test_wrong_type_of_a_setting():
     for wrong in ({"steps": "3"}, {"steps": 2.5}, {"steps": True}, {"losses": "dpo"}):
         with pytest.raises(TypeError, match="must be"): find_task("toy").configure(overrides=wrong)
     assert find_task("toy").configure(overrides={"beta": 1, "losses": ["dpo"]})[1].losses == ("dpo",)
+    assert find_task("dialogue").configure(overrides={"test_split": None})[1].test_split == ""     # --set test_split=
+
+
+def test_a_labels_options_replace_those_of_its_variant():
+    assert resolve_losses("adpo:segments=2", RunConfig())["adpo:segments=2"].options == {"segments": 2}
+    assert resolve_losses("adpo:beta=0.3", RunConfig())["adpo:beta=0.3"].options == {"window": 1}
+
+
+LABELS = """
+from tokpref.experiments.compare import RunConfig, VARIANTS, find_task, resolve_losses
+before = dict(VARIANTS)
+math = find_task("math")
+assert VARIANTS == before
+print(resolve_losses("adpo-m128", RunConfig(), math.variants)["adpo-m128"].options)
+try: resolve_losses("adpo-m128", RunConfig())
+except ValueError as e: print(str(e)[:25])
+"""
+
+
+def test_a_task_brings_its_labels_and_changes_those_of_nobody():
+    done = subprocess.run([sys.executable, "-c", LABELS], capture_output=True, text=True)
+    assert done.stdout.splitlines() == ["{'segments': 128}", "unknown loss 'adpo-m128';"], done.stderr
+
+
+def test_no_room_of_the_comparison_imports_in_a_circle():
+    root = sources.package_root()
+    rooms = [f"tokpref.experiments.compare.{path.stem}" for path in (root / "experiments" / "compare").glob("*.py") if path.stem != "__init__"]
+    uses = {}
+    for room in rooms:
+        text = sources.module_file(room, root).read_text(encoding="utf-8")
+        uses[room] = {sources.home_of(module, name, root) for module, name, _ in sources.imports_of(text, room, False) if module.startswith("tokpref")} & set(rooms)
+    order = []
+    while free := [room for room in uses if room not in order and uses[room] <= set(order)]: order += free
+    assert sorted(order) == sorted(rooms)
+
+
+def test_tiny_models_compute_with_one_thread(tmp_path, monkeypatch):
+    "While the start is made and while the runs are trained; afterwards as many threads as before."
+    seen, task, before = [], find_task("toy"), torch.get_num_threads()
+    watched = replace(task, prepare=lambda *args: seen.append(torch.get_num_threads()) or task.prepare(*args))
+    monkeypatch.setitem(TASKS, "toy", watched)
+    real = harness.train_one
+    monkeypatch.setattr(harness, "train_one", lambda *args: seen.append(torch.get_num_threads()) or real(*args))
+    torch.set_num_threads(2)
+    try:
+        record = run_toy(tmp_path, ["dpo"])
+        assert seen == [1, 1] and record["hardware"]["threads"] == 1 and torch.get_num_threads() == 2
+        with train.threads_for(10**9) as threads: assert threads == 2
+    finally: torch.set_num_threads(before)
+
+
+def test_profiles_are_read_with_every_name_and_type_checked(tmp_path):
+    file = tmp_path / "toy.toml"
+    def read(text):
+        file.write_text(text, encoding="utf-8")
+        return read_profiles(file, toy.ToyConfig)
+    profiles = read('[demo]\nletters = 4\noptimum_betas = [1, 0.5]\nsweep.dpo.beta = [0.1, 0.3]\n\n[smoke]\nlike = "demo"\nsteps = 3\n')
+    assert profiles["smoke"] == toy.ToyConfig(letters=4, optimum_betas=(1.0, 0.5), sweep={"dpo": {"beta": [0.1, 0.3]}}, steps=3)
+    for text, kind, says in (("[a]\nleters = 3", ValueError, "toy.toml, profile 'a': no setting 'leters'; did you mean 'letters'"),
+                             ("[a]\nletters = 3.5", TypeError, "must be int"), ("[a]\noptimum_betas = ['x']", TypeError, "must be tuple"),
+                             ("[a]\nsteps = 0", ValueError, "steps must be"), ("[a]\nlike = 'b'", ValueError, "no such profile"),
+                             ("[a]\nlike = 'b'\n[b]\nlike = 'a'", ValueError, "leads back"), ("", ValueError, "holds no profile"),
+                             ("letters = 3", ValueError, "outside a profile")):
+        with pytest.raises(kind, match=says): read(text)
+    file.write_text("[a]\nletters = 3", encoding="utf-8")
+    with pytest.raises(ValueError, match="does not say which"): read_profiles(file, {"b": toy.ToyConfig})
+
+
+def test_a_stage_is_known_by_what_it_reads_and_can_read_nothing_else(tmp_path):
+    made = []
+    def make(work):
+        made.append(work.config.letters)
+        (work.folder / "x").write_text(str(work.config.letters))
+        return "made"
+    stage = Stage("letters", ("letters",), make, lambda work: (work.folder / "x").read_text())
+    get = lambda **changes: Preparation([stage], toy.ToyConfig(**changes), tmp_path)["letters"]
+    assert [get(), get(steps=3), get(letters=4), get()] == ["5", "5", "4", "5"] and made == [5, 4]
+    hungry = Stage("pairs", (), lambda work: work.config.pairs, after=("letters",))
+    with pytest.raises(ValueError, match="reads the setting 'pairs' and does not list it"): Preparation([stage, hungry], toy.ToyConfig(), tmp_path)["pairs"]
+    inherited = Stage("twice", (), lambda work: 2 * work.config.letters, after=("letters",))
+    assert Preparation([stage, inherited], toy.ToyConfig(), tmp_path)["twice"] == 10
+    with pytest.raises(ValueError, match="not before it"): Preparation([inherited, stage], toy.ToyConfig(), tmp_path)
+
+
+def test_a_stage_that_was_stopped_is_made_again_by_the_list(tmp_path):
+    def stops(work):
+        (work.folder / "half").write_text("x")
+        raise KeyboardInterrupt
+    whole = lambda work: (work.folder / "whole").write_text("y") and "done"
+    read = lambda work: [path.name for path in work.folder.iterdir()]
+    with pytest.raises(KeyboardInterrupt): Preparation([Stage("a", (), stops, read)], RunConfig(), tmp_path)["a"]
+    assert Preparation([Stage("a", (), whole, read)], RunConfig(), tmp_path)["a"] == ["whole"] and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_digest_may_count_in_the_key_of_a_stage(tmp_path):
+    weights = {"digest": 1}
+    stages = [Stage("a", (), lambda work: None, depends=lambda config: dict(weights)), Stage("b", (), lambda work: None, after=("a",))]
+    place = lambda: [Preparation(stages, RunConfig(), tmp_path).place(name) for name in "ab"]
+    before = place()
+    weights["digest"] = 2
+    assert all(old != new for old, new in zip(before, place()))
 
 
 def test_table_over_seeds(tmp_path):
@@ -253,10 +450,10 @@ def test_a_label_with_a_slip_is_refused(label, says):
 
 
 def test_a_sweep_is_a_list_of_labels_and_tuning_reaches_them():
-    config = RunConfig(sweep={"dpo": {"beta": (0.3, 1)}, "bpo": {"generator": ("kl",)}}, tuning={"dpo": {"learning_rate": 5e-4}})
+    config = RunConfig(sweep={"dpo": {"beta": (0.3, 1)}, "bpo": {"generator": ("kliep",)}}, tuning={"dpo": {"learning_rate": 5e-4}})
     runs = resolve_losses(["tdpo2", "sweep"], config)
-    assert list(runs) == ["tdpo2", "dpo:beta=0.3", "dpo:beta=1", "bpo:generator=kl"]
-    assert runs["dpo:beta=0.3"] == LossRun("dpo", {}, 0.3, 5e-4) and runs["bpo:generator=kl"].options == {"generator": "kl"}
+    assert list(runs) == ["tdpo2", "dpo:beta=0.3", "dpo:beta=1", "bpo:generator=kliep"]
+    assert runs["dpo:beta=0.3"] == LossRun("dpo", {}, 0.3, 5e-4) and runs["bpo:generator=kliep"].options == {"generator": "kliep"}
 
 
 def test_a_seed_draws_other_pairs_from_the_same_start(tmp_path, monkeypatch):
@@ -272,19 +469,19 @@ def test_a_seed_draws_other_pairs_from_the_same_start(tmp_path, monkeypatch):
 def test_all_seeds_share_the_labels_of_a_figure(tmp_path):
     record = run_toy(tmp_path, ["dpo", "dpo:beta=2.0", "best-of-2"], seeds=(0, 1))
     kl = 0.5 * min(run["history"][1]["kl"] for run in record["runs"] if run["label"] == "dpo")
-    band = harness.path_band(record, "dpo", [0.0, kl])
+    band = table.path_band(record, "dpo", [0.0, kl])
     assert band["low"][1] <= band["mean"][1] <= band["high"][1] and band["mean"][0] == pytest.approx(record["start"]["reward"])
     assert {line.get_label() for line in comparison_figure(record).axes[0].get_lines()} >= {"dpo", "dpo:beta=2.0", "best-of-2"}
-    assert len(comparison_figure(record, labels=["dpo"]).axes[1].patches) == 1 and len(harness.history_figure(record, ["dpo"]).axes) == 3
+    assert len(comparison_figure(record, labels=["dpo"]).axes[1].patches) == 1 and len(figures.history_figure(record, ["dpo"]).axes) == 3
 
 
 def test_held_out_numbers_are_those_of_the_evaluation_page(tmp_path):
     config = replace(find_task("toy").configure("smoke")[1], **QUICK)
-    shared = harness._Seed(find_task("toy"), config, tmp_path, 0, False)
+    shared = train.SharedStart(find_task("toy"), config, tmp_path, 0, False)
     torch.manual_seed(0)
     moved = copy.deepcopy(shared.problem.policy)
     for p in moved.parameters(): p.data += 0.05 * torch.randn_like(p)
-    ours = harness.held_out_metrics(moved, shared.reference, shared.problem, batch_size=5)
+    ours = held_out_metrics(moved, shared.reference, shared.problem, batch_size=5)
     theirs = preference_metrics(moved, shared.reference, shared.problem.eval, PreferenceCollator(0), progress=False)
     for mine, name in (("accuracy", "implicit/accuracies"), ("kl_chosen", "kl/chosen"), ("kl_rejected", "kl/rejected")):
         assert ours[mine] == pytest.approx(theirs[name], rel=1e-4)
@@ -293,12 +490,12 @@ def test_held_out_numbers_are_those_of_the_evaluation_page(tmp_path):
 def test_policy_and_reference_are_measured_in_the_arithmetic_of_the_training(tmp_path):
     "A trained model computes under autocast even when nobody asks it to; next to a reference that does not, a KL would be rounding."
     config = replace(find_task("toy").configure("smoke")[1], **QUICK)
-    shared, seen = harness._Seed(find_task("toy"), config, tmp_path, 0, False), []
+    shared, seen = train.SharedStart(find_task("toy"), config, tmp_path, 0, False), []
     reward = lambda model: seen.append(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None) or {"reward": 0.0, "kl": 0.0}
     for mixed, kind in ((None, None), ("bf16", torch.bfloat16), ("fp16", torch.float16)):
         shared.__dict__["problem"] = replace(shared.problem, evaluate=reward, arguments={mixed: True} if mixed else {})
         shared.__dict__.pop("start", None)
-        assert shared.start["kl_chosen"] == 0.0 and harness.measure(shared.reference, shared.reference, shared.problem)["kl_chosen"] == 0.0
+        assert shared.start["kl_chosen"] == 0.0 and train.measure(shared.reference, shared.reference, shared.problem)["kl_chosen"] == 0.0
         assert seen[-2:] == [kind, kind]
 
 
@@ -313,7 +510,7 @@ def test_a_policy_that_did_not_move_has_no_kl_in_mixed_precision(tmp_path, monke
 
 def test_an_adapter_needs_no_second_model(tmp_path):
     config = replace(find_task("toy").configure("smoke")[1], **QUICK)
-    shared = harness._Seed(find_task("toy"), config, tmp_path, 0, False)
+    shared = train.SharedStart(find_task("toy"), config, tmp_path, 0, False)
     shared.__dict__["problem"] = replace(shared.problem, adapter=object())
     assert shared.reference is shared.problem.policy and not shared.reference.training and abs(shared.start["kl"]) < 1e-9
 
@@ -322,7 +519,7 @@ def test_the_interval_of_many_seeds_is_students(tmp_path):
     "Eleven seeds: 2.23 standard errors, not 2."
     path = lambda end: [{"kl": 0.0, "reward": 0.0}, {"kl": 1.0, "reward": end}]
     runs = [{"label": label, "seed": seed, "history": path(seed * (label == "tdpo2"))} for label in ("dpo", "tdpo2") for seed in range(11)]
-    gain, width = harness.paired_difference({"runs": runs}, "tdpo2", "dpo", 1.0)
+    gain, width = table.paired_difference({"runs": runs}, "tdpo2", "dpo", 1.0)
     assert gain == 5 and width == pytest.approx(2.228 * 1.0, rel=2e-3)      # a standard error of 1: the variance of 0..10 is 11
 
 
@@ -336,7 +533,7 @@ def test_policy_gradient_raises_the_exact_reward(tmp_path):
 
 def test_gradient_of_fresh_samples_is_reinforce(tmp_path):
     config = replace(find_task("toy").configure("smoke")[1], **QUICK)
-    shared = harness._Seed(find_task("toy"), config, tmp_path, 0, False)
+    shared = train.SharedStart(find_task("toy"), config, tmp_path, 0, False)
     trainer = ppo_trainer(shared, config, tmp_path, samples=4, uses=2)
     loss = trainer.compute_loss(trainer.model, {"prompt_ids": [list(p) for p in shared.problem.prompts[:3]]})
     loss.backward()
@@ -355,7 +552,7 @@ def test_gradient_of_fresh_samples_is_reinforce(tmp_path):
 
 
 def ppo_trainer(shared, config, folder, **options):
-    arguments = harness.run_arguments(config, LossRun("dpo", {}, 0.3, 1e-3), 0, folder, {})
+    arguments = train.run_arguments(config, LossRun("dpo", {}, 0.3, 1e-3), 0, folder, {})
     trainer = baselines.PolicyGradientTrainer(copy.deepcopy(shared.problem.policy), arguments, processing_class=shared.problem.tokenizer)
     return trainer.setup(shared.problem, shared.reference, {"clip": 0.2, **options}, 0.3)
 
@@ -372,8 +569,8 @@ def test_baselines_train_without_dropout_like_the_losses(tmp_path):
     rates = lambda model: {module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)}
     for module in problem.policy.modules():
         if isinstance(module, torch.nn.Dropout): module.p = 0.1
-    assert rates(baselines._policy(problem)) == {0.0} and rates(problem.policy) == {0.1}
-    assert rates(baselines._policy(replace(problem, adapter=LoraConfig(r=2, lora_dropout=0.05, target_modules=["c_attn"], fan_in_fan_out=True)))) == {0.0}
+    assert rates(baselines.policy_to_train(problem)) == {0.0} and rates(problem.policy) == {0.1}
+    assert rates(baselines.policy_to_train(replace(problem, adapter=LoraConfig(r=2, lora_dropout=0.05, target_modules=["c_attn"], fan_in_fan_out=True)))) == {0.0}
 
 
 def test_best_of_n_is_the_best_of_n(tmp_path):

@@ -104,7 +104,7 @@ def test_words_that_are_not_known_are_an_error_of_the_settings():
 
 
 def test_every_granularity_is_a_label():
-    runs = resolve_losses(None, find_task("math").profiles["nano"])
+    runs = resolve_losses(None, find_task("math").profiles["nano"], find_task("math").variants)
     assert runs["adpo-k8"].options == {"window": 8} and runs["adpo-m32"].options == {"segments": 32}
     assert len({(run.loss, tuple(run.options.items())) for run in runs.values()}) == len(runs)
 
@@ -115,7 +115,7 @@ def test_smoke_end_to_end(tmp_path, monkeypatch):
     record = compare("math", "smoke", losses=["adpo-m4"], seeds=(0, 1), out=tmp_path, overrides=quick, progress=False)
     assert record["start"]["kl"] == pytest.approx(0, abs=1e-6) and {"greedy", "solved_any", "break_step", "lucky"} <= set(record["start"])
     assert record["problem"]["train_pairs"] == sum(record["problem"]["kinds"].values()) and [run["seed"] for run in record["runs"]] == [0, 1]
-    assert stories.TASKS["math"].configure()[0] == "nano"
+    assert stories.MATH.configure()[0] == "nano"
 
 
 def test_own_samples_of_a_model_in_a_folder(tmp_path):

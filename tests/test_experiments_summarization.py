@@ -60,4 +60,4 @@ def test_a_judge_without_a_key_stops_before_any_loss_is_trained(tmp_path, monkey
 def test_the_papers_settings():
     _, config = find_task("summarization").configure("paper")
     assert (config.beta, config.batch_size, config.learning_rate, config.optimizer, config.posts) == (0.5, 64, 1e-6, "rmsprop", 256)
-    assert summarization.TASKS["summarization"].profiles["colab"].judge.startswith("reward:")
+    assert summarization.SUMMARIZATION.profiles["colab"].judge.startswith("reward:")

@@ -20,7 +20,7 @@ def test_comparisons_are_sound(name):
     _, config = find_task(task).configure(profile, overrides)
     assert config.steps % config.eval_steps == 0 and config.max_length >= config.context and len(config.seeds) >= 3
     assert config.hidden_size % config.heads == 0 and config.hidden_size // config.heads % 2 == 0
-    assert resolve_losses(None, config)
+    assert resolve_losses(None, config, find_task(task).variants)
     own = find_task(task).profiles[profile]
     assert sum(getattr(config, key) > getattr(own, key) for key in overrides if isinstance(getattr(own, key), int)) >= 4, "larger than what it scales up"
 

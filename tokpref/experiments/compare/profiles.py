@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['read_profiles']
 
-# %% ../../../nbs/experiments/compare/02_profiles.ipynb #94a5696d
+# %% ../../../nbs/experiments/compare/02_profiles.ipynb #edd8560f
 import sys
 from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from ...losses.types import nearest
+from ...checks import nearest
 from .problem import RunConfig, as_setting
 
 if sys.version_info >= (3, 11):
