@@ -9,10 +9,12 @@ import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from tokpref import (LOSSES, BaselineHead, PairLoss, PreferenceCollator, TokenStats, engine, pair_loss, pair_stats,
                      token_stats)
-from tokpref.engine import one_pass, trial
+from tokpref.engine import gradients as gradients_of_a_chunk, in_place, one_pass, trial
 from tokpref.engine.forward import Features
 from tokpref.engine.gradients import GradientSums
 from tokpref.engine.head import Head
@@ -248,8 +250,8 @@ def test_one_pass_against_finite_differences(needs, size):
         return PairLoss(value, value, value)
     def run(hidden, weight, bias, baseline):
         policy, reference = Features(hidden, Head(weight, bias, 0.5, 2.0)), Features(ref_hidden, ref_head)
-        return 3 * one_pass.loss_of_features(policy, reference, targets, lengths, {"baseline": baseline}, loss, Wants(kl=True),
-                                             chunk_size=size).loss
+        pairs = one_pass.PairFeatures(policy, reference, targets, lengths, {"baseline": baseline})
+        return 3 * one_pass.loss_of_features(pairs, loss, Wants(kl=True), chunk_size=size).loss
     shapes, grads = ((8, 3), (7, 3), (7,), (8,)), (needs[0], needs[1], needs[1], True)
     assert torch.autograd.gradcheck(run, [torch.randn(s, dtype=torch.float64, requires_grad=g) for s, g in zip(shapes, grads)])
 
@@ -511,3 +513,70 @@ def test_passes_by_tokens_add_up(side, budget):
         loss = pair_loss(model, ref_model, part, LOSSES["tdpo2"]).loss * len(part["row"]) / pairs
         sums = [a + b for a, b in zip(sums, torch.autograd.grad(loss, weights))]
     for a, b in zip(sums, wanted): assert_close(a, b, rtol=1e-7, atol=1e-10)
+
+
+# An accelerator is not kept waiting
+
+VIEWS = {"view", "slice", "t", "select", "unsqueeze", "alias", "detach", "split", "split_with_sizes", "expand", "transpose", "_unsafe_view"}
+
+
+class Launches(TorchDispatchMode):
+    "The operations on tensors of numbers; what is worked out on whole numbers, on the CPU, does not count."
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        name = function.__name__.split(".")[0]
+        found = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, torch.Tensor)]
+        if name not in VIEWS and any(x.is_floating_point() for x in found): self.names.append(name)
+        if any(word in name for word in ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero")): self.names.append("waits")
+        return out
+
+
+def pair_features_of(pairs: int, positions: int = 48) -> one_pass.PairFeatures:
+    "Made-up features of so many pairs with so many positions in all."
+    torch.manual_seed(0)
+    states, weight = torch.randn(positions, 6, requires_grad=True), torch.randn(50, 6, requires_grad=True)
+    known = {"baseline": torch.randn(positions, requires_grad=True)}
+    return one_pass.PairFeatures(Features(states, Head(weight)), Features(torch.randn(positions, 6), Head(torch.randn(50, 6))),
+                                 torch.randint(50, (positions,)), [positions // pairs // 2] * 2 * pairs, known)
+
+
+@pytest.fixture
+def as_on_an_accelerator(monkeypatch):
+    for module in (in_place, gradients_of_a_chunk): monkeypatch.setattr(module, "on_cpu", lambda device: False)
+
+
+@pytest.mark.parametrize("name, most", [("dpo", 80), ("tdpo2", 100)])
+def test_a_step_does_not_launch_more_for_more_pairs(name, most, as_on_an_accelerator):
+    counts = []
+    for pairs in (2, 6):
+        given = pair_features_of(pairs)
+        with Launches() as launches:
+            one_pass.loss_of_features(given, LOSSES[name], Wants(kl=LOSSES[name].kl)).loss.backward()
+        assert "waits" not in launches.names
+        counts.append(len(launches.names))
+    assert counts[0] == counts[1] <= most, counts
+
+
+def test_statistics_with_gradient_do_not_wait(as_on_an_accelerator):
+    counts = []
+    for pairs in (2, 6):
+        given = pair_features_of(pairs)
+        with Launches() as launches:
+            chosen, rejected = given.grid().stats(gradients_of_a_chunk.scored_twice(given.policy, given.reference, given.targets, Wants(kl=True)))
+            (chosen.logps.sum() + rejected.kl.sum()).backward()
+        assert "waits" not in launches.names
+        counts.append(len(launches.names))
+    assert counts[0] == counts[1] <= 70, counts
+
+
+@pytest.mark.parametrize("name", ["dpo", "tdpo2", "tbpo_a"])
+@pytest.mark.parametrize("chunk_size", [5, 24, None])
+def test_the_ways_of_an_accelerator_are_exact(name, chunk_size, as_on_an_accelerator):
+    model, ref_model, batch = make("GPT2"), make("GPT2", 1).requires_grad_(False), shared_batch()
+    weights = list(model.parameters())
+    close(fast(name, model, ref_model, batch, weights, chunk_size=chunk_size), slow(name, model, ref_model, batch, weights), 1e-9)

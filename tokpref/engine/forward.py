@@ -56,7 +56,7 @@ def response_positions(batch: dict) -> Responses:
     rows, columns = mask.nonzero(as_tuple=True)
     return Responses(rows, columns, (mask.long().cumsum(-1) - 1)[rows, columns], mask.sum(-1).tolist())
 
-# %% ../../nbs/library/engine/01_forward.ipynb #6ede0d5f
+# %% ../../nbs/library/engine/01_forward.ipynb #137ee875
 class Grid(NamedTuple):
     "Where N values go in matrices of one response a row, filled up with zeros on the right."
 
@@ -80,7 +80,7 @@ class Grid(NamedTuple):
 
 
 def row_grid(lengths: list[int], matrix: list[int]) -> Grid:
-    "A grid for responses of these lengths, in the order of their values; response i is the next row of matrix `matrix[i]`."
+    "A grid for responses of these lengths, in the order of their values; response i is a row of matrix `matrix[i]`."
     longest, rows = [0] * (max(matrix) + 1), [0] * (max(matrix) + 1)
     for length, m in zip(lengths, matrix, strict=True):
         longest[m] = max(longest[m], length)

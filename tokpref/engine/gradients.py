@@ -6,7 +6,7 @@
 __all__ = ['STATISTICS', 'chunk_gradient', 'chunk_gradient_again', 'make_workspace', 'gradient_now', 'piece_rows',
            'gradient_again', 'GradientSums', 'add_gradients', 'add_gradients_again', 'scored_twice', 'Attach']
 
-# %% ../../nbs/library/engine/04_gradients.ipynb #2667be76
+# %% ../../nbs/library/engine/04_gradients.ipynb #b8df84d5
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from . import kernels
 from .forward import Features
 from .head import Head, check_vocabularies
-from . import kernels
 from .in_place import Positions, Wants, Workspace, blocks, fresh_matrix, on_cpu, wide_dtype
 
 # %% ../../nbs/library/engine/04_gradients.ipynb #5ce969e9
@@ -58,7 +58,7 @@ def chunk_gradient_again(
     if ref_logits is not None: ref_logits.sub_(norms["ref_norm"][:, None]).exp_()
     chunk_gradient(logits, ref_logits, targets, grad_logps, grad_kl, first=first)
 
-# %% ../../nbs/library/engine/04_gradients.ipynb #653370dd
+# %% ../../nbs/library/engine/04_gradients.ipynb #d000bf58
 def make_workspace(policy: Features, reference: Features | None, targets: Tensor, wants: Wants, *,
                    chunk_size: int | None = None, budget: int | None = None) -> tuple[Workspace, Positions]:
     "A workspace for features of N positions, and the positions. Raises `ValueError` where vocabularies differ."
@@ -70,7 +70,7 @@ def make_workspace(policy: Features, reference: Features | None, targets: Tensor
     kind = kernels.KernelWorkspace if kernels.usable(states.device, own.dtype) else Workspace
     return kind(positions, policy.head, ref_head, wants, chunk_size=chunk_size, budget=budget), positions
 
-# %% ../../nbs/library/engine/04_gradients.ipynb #b25ef3df
+# %% ../../nbs/library/engine/04_gradients.ipynb #28a69c31
 def _to_linear(work: Workspace, grad: Tensor) -> Tensor:
     "From the logits back through soft cap and scale, in the head's dtype."
     if work.softcap is not None: grad.mul_(work.buffer("slope", len(grad), grad.shape[1]))
@@ -111,7 +111,7 @@ def gradient_again(
     grad_kl: Tensor | None,         # [n]
     norms: dict[str, Tensor],       # their normalisers, each [n]
 ) -> Iterator[tuple[slice, Tensor]]:
-    "The same from logits that are computed once more: pieces (columns, [n, w]), on a CPU narrow ones that stay in the cache."
+    "The same from logits that are computed once more: pieces (columns, [n, w]), on a CPU ones that stay in the cache."
     if isinstance(work, kernels.KernelWorkspace):
         yield slice(None), work.gradient(at, grad_logps, grad_kl, norms)
         return
@@ -127,33 +127,42 @@ def gradient_again(
         chunk_gradient_again(logits, ref_logits, at.targets, grad_logps, grad_kl, norms, first=first)
         yield piece, _to_linear(work, logits)
 
-# %% ../../nbs/library/engine/04_gradients.ipynb #7f3cdcaa
+# %% ../../nbs/library/engine/04_gradients.ipynb #f05c26d7
 class GradientSums:
     "Sums of gradients, one for each input that asks for it, in float32 or wider."
 
     def __init__(self, states: Tensor, weight: Tensor | None, bias: Tensor | None):
         "Of states [N, H] and a head, or of logits [N, V] where `weight` is None."
-        wide = wide_dtype((states if weight is None else weight).dtype)
-        self.states = torch.zeros(states.shape, dtype=wide, device=states.device) if states.requires_grad else None
+        self.dtype, self.shape = wide_dtype((states if weight is None else weight).dtype), states.shape
+        self.needs_states, self.device = states.requires_grad, states.device
+        self.states: Tensor | None = None
         self.bias = self.weight = None
-        if bias is not None and bias.requires_grad: self.bias = torch.zeros(bias.shape, dtype=wide, device=bias.device)
+        if bias is not None and bias.requires_grad:
+            self.bias = torch.zeros(bias.shape, dtype=self.dtype, device=bias.device)
         if weight is not None and weight.requires_grad:
-            self.weight = fresh_matrix(weight.shape[0], weight.shape[1], wide, weight.device)
+            self.weight = fresh_matrix(weight.shape[0], weight.shape[1], self.dtype, weight.device)
         self._started = False
+
+    def _all_states(self) -> Tensor:
+        if self.states is None: self.states = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+        return self.states
 
     def add(self, rows: Tensor, pieces: Iterable[tuple[slice, Tensor]], head: Head | None, states: Tensor) -> None:
         "Take in the gradient with respect to h Wᵀ + b of n positions `rows`, in pieces (columns, [n, w])."
-        total = None if self.states is None or head is None else self.states.new_zeros(len(rows), self.states.shape[1])
+        total = None
         for columns, grad in pieces:
             if head is None:
-                if self.states is not None: self.states[:, columns].index_copy_(0, rows, grad)
+                if self.needs_states: self._all_states()[:, columns].index_copy_(0, rows, grad)
                 continue
             if self.bias is not None: self.bias[columns] += grad.sum(0, dtype=self.bias.dtype)
-            if total is not None and grad.dtype == total.dtype: total.addmm_(grad, head.weight[columns])
-            elif total is not None: total.add_(grad @ head.weight[columns])
             if self.weight is not None: self._add_weight(self.weight[columns], grad, states.to(grad.dtype))
+            if not self.needs_states: continue
+            if total is None: total = (grad @ head.weight[columns]).to(self.dtype)
+            elif grad.dtype == self.dtype: total.addmm_(grad, head.weight[columns])
+            else: total.add_(grad @ head.weight[columns])
         self._started = True
-        if total is not None and self.states is not None: self.states.index_copy_(0, rows, total)
+        if total is not None and len(rows) == self.shape[0]: self.states = total        # all there are, in their order
+        elif total is not None: self._all_states().index_copy_(0, rows, total)
 
     def _add_weight(self, total: Tensor, grad: Tensor, states: Tensor) -> None:
         if grad.dtype == total.dtype: total.addmm_(grad.T, states, beta=float(self._started))
@@ -163,9 +172,9 @@ class GradientSums:
     def finished(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         "Gradients of states, weight and bias; None where none was asked for."
         if self.weight is not None and not self._started: self.weight.zero_()
-        return self.states, self.weight, self.bias
+        return self._all_states() if self.needs_states else None, self.weight, self.bias
 
-# %% ../../nbs/library/engine/04_gradients.ipynb #e8d57289
+# %% ../../nbs/library/engine/04_gradients.ipynb #13bda728
 def _with_gradient(grad_logps: Tensor, grad_kl: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     "(which rows have a gradient, None for all; `grad_kl`, None if it is zero)."
     if not on_cpu(grad_logps.device): return None, grad_kl
@@ -198,7 +207,7 @@ def add_gradients(
 
 def add_gradients_again(sums: GradientSums, work: Workspace, positions: Positions, rows: Tensor,
                         slopes: dict[str, Tensor], norms: dict[str, Tensor]) -> None:
-    "Add to `sums` what positions contribute that are in no buffer; those without a gradient of the KL spare the reference."
+    "Add to `sums` what positions contribute that are in no buffer; without a gradient of the KL the reference rests."
     groups = [rows]
     if "kl" in slopes and on_cpu(rows.device):
         with_kl = slopes["kl"][rows] != 0
@@ -207,7 +216,7 @@ def add_gradients_again(sums: GradientSums, work: Workspace, positions: Position
         for part in group.split(piece_rows(work)) if len(group) else ():
             add_gradients(sums, work, positions, part, slopes, norms)
 
-# %% ../../nbs/library/engine/04_gradients.ipynb #c9528cf8
+# %% ../../nbs/library/engine/04_gradients.ipynb #09e8f5e8
 STATISTICS = "logps", "ref_logps", "kl", "reverse_kl", "entropy"
 
 
@@ -228,7 +237,7 @@ class _ScoredTwice(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor | None):
+    def backward(ctx: Any, *grad_outputs: Tensor | None):  # pyright: ignore[reportIncompatibleMethodOverride]  by once_differentiable
         grad_logps, _, grad_kl, _, _ = grad_outputs
         states, weight, bias, norm, ref_norm = ctx.saved_tensors
         slopes = {"logps": torch.zeros_like(norm) if grad_logps is None else grad_logps}
@@ -239,7 +248,8 @@ class _ScoredTwice(torch.autograd.Function):
             rows = torch.arange(len(norm), device=norm.device)
             add_gradients_again(sums, ctx.work, ctx.positions, rows, slopes, norms)
         ctx.work.release()
-        grads = (None if g is None else g.to(x.dtype) for g, x in zip(sums.finished(), (states, weight, bias), strict=True))
+        inputs = states, weight, bias
+        grads = [None if g is None else g.to(x.dtype) for g, x in zip(sums.finished(), inputs, strict=True)]
         return *grads, None, None
 
 
@@ -252,7 +262,7 @@ def scored_twice(policy: Features, reference: Features | None, targets: Tensor, 
         found = _ScoredTwice.apply(policy.states, weight, bias, work, positions)
     return {name: x for name, x in zip(STATISTICS, found, strict=True) if x is not None}
 
-# %% ../../nbs/library/engine/04_gradients.ipynb #8357a196
+# %% ../../nbs/library/engine/04_gradients.ipynb #b023f6c3
 class Attach(torch.autograd.Function):
     "A scalar whose gradients with respect to `inputs` are known already: backward only scales them."
 
@@ -264,7 +274,7 @@ class Attach(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor):
+    def backward(ctx: Any, *grad_outputs: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]  by once_differentiable
         upstream, = grad_outputs
         plain = on_cpu(upstream.device) and upstream.item() == 1.0
         scaled = (g if g is None or plain else g * upstream.to(g.dtype) for g in ctx.saved_tensors)

@@ -6,7 +6,7 @@
 __all__ = ['on_cpu', 'fresh_matrix', 'Wants', 'blocks', 'joined', 'chunk_stats', 'multiply', 'wide_dtype', 'pick_chunk_size',
            'Positions', 'Workspace']
 
-# %% ../../nbs/library/engine/03_in_place.ipynb #66c7b494
+# %% ../../nbs/library/engine/03_in_place.ipynb #12ed921f
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -29,7 +29,7 @@ def fresh_matrix(rows: int, columns: int, dtype: torch.dtype, device: torch.devi
     memory = np.empty(rows * columns * dtype.itemsize, dtype=np.uint8)
     return torch.from_numpy(memory).view(dtype).view(rows, columns)
 
-# %% ../../nbs/library/engine/03_in_place.ipynb #6772ab0b
+# %% ../../nbs/library/engine/03_in_place.ipynb #1267efe3
 class Wants(NamedTuple):
     "Which statistics are wanted beside the log-probabilities of the tokens."
 
@@ -44,7 +44,7 @@ class Wants(NamedTuple):
 
 
 def _normalise(z: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    "Logits to probabilities in place; (target's log-prob, largest logit, log of the largest probability): @eq-normaliser."
+    "Logits to probabilities in place; (target's log-prob, largest logit, log of largest probability): @eq-normaliser."
     top, picked = z.amax(-1), z.gather(-1, targets[:, None])[:, 0]
     log_top = torch.softmax(z, -1, out=z).amax(-1).log_()
     return picked - top + log_top, top, log_top
@@ -106,9 +106,9 @@ def chunk_stats(
     stats = joined(parts)
     return stats, {name: stats.pop(name) for name in ("norm", "ref_norm") if name in stats}
 
-# %% ../../nbs/library/engine/03_in_place.ipynb #68f7d45f
+# %% ../../nbs/library/engine/03_in_place.ipynb #e08bb5df
 def multiply(hidden: Tensor, weight: Tensor, out: Tensor) -> Tensor:
-    "h Wᵀ, [n, V], in `out`; on a CPU in pieces that stay in the cache, those in float32 by oneDNN where PyTorch has it."
+    "h Wᵀ, [n, V], in `out`; on a CPU in pieces that stay in the cache, in float32 by oneDNN where PyTorch has it."
     if not on_cpu(out.device): return torch.mm(hidden, weight.T, out=out)
     by_onednn = out.dtype == torch.float32 and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
     states, width = hidden.to_mkldnn() if by_onednn else hidden, max(256, 2**18 // len(hidden))
@@ -150,7 +150,7 @@ class Positions(NamedTuple):
         reference = None if self.reference is None else self.reference[rows]
         return Positions(self.policy[rows], reference, self.targets[rows])
 
-# %% ../../nbs/library/engine/03_in_place.ipynb #995b7744
+# %% ../../nbs/library/engine/03_in_place.ipynb #5507a7a0
 class Workspace:
     "Logits of policy and reference for a chunk of positions, in buffers that every chunk writes over."
 
@@ -195,7 +195,7 @@ class Workspace:
         self._buffers.clear()
 
     def close_up(self, rows: Tensor) -> None:
-        "Move these rows of the chunk, in ascending order, to the front of every buffer. For a CPU: it looks at the numbers."
+        "Move these rows of the chunk, in ascending order, to the front of every buffer: for a CPU, it reads them."
         for name in self._buffers.keys() & {"policy", "reference", "slope"}:
             matrix = self.buffer(name, self.chunk, self.vocabulary)
             for i, j in enumerate(rows.tolist()):

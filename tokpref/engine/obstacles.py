@@ -5,61 +5,56 @@
 # %% auto #0
 __all__ = ['loss_in_two_steps', 'engine_obstacles']
 
-# %% ../../nbs/library/engine/09_obstacles.ipynb #d7553369
+# %% ../../nbs/library/engine/09_obstacles.ipynb #07d76ed2
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from ..models import evaluating, without_ddp
-from .forward import Features, full_logits_reason, moved, row_grid
+from .forward import Features, full_logits_reason
 from .gradients import scored_twice
 from .in_place import Wants
-from .one_pass import (Layout, Objective, known_values, loss_of_features, needs_all_pairs, objective_of,
-                                     pair_features, plan, sharing_obstacle)
+from .one_pass import PairFeatures, loss_of_features, needs_all_pairs, objective_of, pair_features, sharing_obstacle
 from .stats import pairs_of
 
-# %% ../../nbs/library/engine/09_obstacles.ipynb #745f7d98
-def loss_in_two_steps(policy: Features, reference: Features | None, targets: Tensor, lengths: list[int],
-                      known: dict[str, Tensor], loss: Callable, wants: Wants) -> Tensor:
+# %% ../../nbs/library/engine/09_obstacles.ipynb #bf2ed1a2
+def loss_in_two_steps(pairs: PairFeatures, loss: Callable, wants: Wants) -> Tensor:
     "The mean loss by statistics that carry gradient, then the loss, then autograd: what one pass is held against."
-    grid = moved(row_grid(lengths, [0, 1] * (len(lengths) // 2)), targets.device)
-    values = scored_twice(policy, reference, targets, wants) | known
-    with torch.autocast(targets.device.type, enabled=False): return loss(*grid.stats(values)).mean()
+    values = scored_twice(pairs.policy, pairs.reference, pairs.targets, wants) | pairs.known
+    with torch.autocast(pairs.targets.device.type, enabled=False): return loss(*pairs.grid().stats(values)).mean()
 
 
-def _difference(policy: Features, reference: Features | None, layout: Layout, known: dict, loss: Callable,
-                wants: Wants) -> float:
+def _difference(pairs: PairFeatures, loss: Callable, wants: Wants) -> float:
     "How far loss and gradients in one pass, a pair at a time, are from those in two steps, as a share of the largest."
-    assert policy.head is not None
-    size = max(map(sum, zip(layout.lengths[::2], layout.lengths[1::2], strict=True)))
+    head = pairs.policy.head
+    assert head is not None
+    size = max(map(sum, zip(pairs.lengths[::2], pairs.lengths[1::2], strict=True)))
     def one_pass(*features) -> Tensor: return loss_of_features(*features, chunk_size=size).loss
     runs = []
     for way in (one_pass, loss_in_two_steps):
-        hidden = policy.hidden.detach().requires_grad_()
-        weight = policy.head.weight.detach().requires_grad_(policy.head.weight.requires_grad)
-        own = Features(hidden, policy.head._replace(weight=weight))
-        value = way(own, reference, layout.targets, layout.lengths, known, loss, wants)
+        hidden = pairs.policy.hidden.detach().requires_grad_()
+        weight = head.weight.detach().requires_grad_(head.weight.requires_grad)
+        value = way(pairs._replace(policy=Features(hidden, head._replace(weight=weight))), loss, wants)
         inputs = [x for x in (hidden, weight) if x.requires_grad]
         runs.append([value.detach(), *torch.autograd.grad(value, inputs)])
     floors = 1e-2, 1e-6, 1e-6       # a loss near zero, as BPO's on its reference, is rounding; its gradients are not
-    return max(((a - b).abs().max() / b.abs().max().clamp(min=floor)).item() for a, b, floor in zip(*runs, floors))
+    shares = ((a - b).abs().max() / b.abs().max().clamp(min=floor) for a, b, floor in zip(*runs, floors, strict=False))
+    return max(share.item() for share in shares)
 
 
-def _one_pass_obstacle(model: nn.Module, ref_model: nn.Module | None, batch: dict, objective: Objective, wants: Wants,
-                       baseline: Callable | None) -> str | None:
+def _one_pass_obstacle(model: nn.Module, ref_model: nn.Module | None, batch: dict, loss: Callable, wants: Wants,
+                       **inputs) -> str | None:
     "Whether loss and gradients of a batch change when they are taken in one pass, a pair at a time."
-    if needs_all_pairs(objective.loss, batch["input_ids"].device):
+    if needs_all_pairs(loss, batch["input_ids"].device):
         return "this loss of a pair changes with the other pairs of the batch"
-    layout = plan(batch, [model], False)
     with torch.no_grad(), evaluating(model):
-        policy, reference = pair_features(model, ref_model, batch, layout, wants, objective.reference)
-        known = known_values(batch, layout, policy, reference, baseline)
-    if policy.head is None: return full_logits_reason(model)
-    if reference is not None and reference.head is None: return full_logits_reason(ref_model or model)
-    with torch.enable_grad(): worst = _difference(policy, reference, layout, known, objective.loss, wants)
-    narrow = policy.hidden.dtype not in (torch.float32, torch.float64)
-    low = narrow or torch.is_autocast_enabled(policy.hidden.device.type)
+        pairs = pair_features(model, ref_model, batch, wants, shared_prompt=False, **inputs)
+    if pairs.policy.head is None: return full_logits_reason(model)
+    if pairs.reference is not None and pairs.reference.head is None: return full_logits_reason(ref_model or model)
+    with torch.enable_grad(): worst = _difference(pairs, loss, wants)
+    states = pairs.policy.hidden
+    low = states.dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled(states.device.type)
     return None if worst < (5e-2 if low else 1e-3) else f"loss or gradients differ by {worst:.1g} of the largest"
 
 
@@ -72,7 +67,7 @@ def engine_obstacles(
     options: dict | None = None,            # as for `pair_loss`
     kl: bool | None = None,                 # as for `pair_loss`
     baseline: Callable | None = None,       # as for `pair_loss`
-) -> dict[str, str | None]:                 # why `one_pass` and `shared_prompt` can't be used, in plain words; None: they can
+) -> dict[str, str | None]:                 # why `one_pass`, `shared_prompt` can't be used, in words; None: it can
     "What stands against the fast ways of `pair_loss` for these models, this loss, and batches like this one."
     model = without_ddp(model)
     if isinstance(baseline, nn.Module): baseline = without_ddp(baseline)
@@ -82,5 +77,6 @@ def engine_obstacles(
     few = {name: batch[name][rows] for name in names if name in batch}
     objective = objective_of(loss, options)
     wants = Wants(kl=objective.kl if kl is None else kl)
-    return {"one_pass": _one_pass_obstacle(model, ref_model, few, objective, wants, baseline),
+    inputs = dict(needs_reference=objective.reference, baseline=baseline)
+    return {"one_pass": _one_pass_obstacle(model, ref_model, few, objective.loss, wants, **inputs),
             "shared_prompt": sharing_obstacle(few, [m for m in (model, ref_model) if m is not None])}
