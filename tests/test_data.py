@@ -259,6 +259,47 @@ def test_a_tokenizer_without_that_space_is_asked_for_plain_ids(tokenizer):
         assert continue_ids([text], tokenizer) == [tokenizer(text, add_special_tokens=False)["input_ids"]]
 
 
+def test_function_calls_are_content_and_keep_their_own_arguments(tokenizer, tmp_path):
+    knows = deepcopy(tokenizer)
+    knows.chat_template = ("{% for m in messages %}<|{{ m.role }}|>{{ m.content if m.content }}"
+                           "{% if m.tool_calls %}{{ m.tool_calls | tojson }}{% endif %}<eos>\n{% endfor %}"
+                           "{% if add_generation_prompt %}<|assistant|>{% endif %}")
+    call = lambda **arguments: dict(type="function", function=dict(name="look", arguments=arguments))
+    answer = lambda **fields: [dict(role="assistant", **fields)]
+    rows = [dict(prompt="When?", chosen=answer(tool_calls=[call(year=1)]), rejected=answer(content="Now.")),
+            dict(prompt="Where?", chosen=answer(tool_calls=[call(city="x")], content=None), rejected=answer(content="Here.")),
+            dict(prompt="Who?", chosen=answer(content="Me."), rejected=answer(content="I.", tool_calls=[call(city="y")]))]
+    (tmp_path / "calls.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for given in (rows, Dataset.from_list(rows), load_preferences(tmp_path / "calls.jsonl")):
+        prepared, report = prepare(given, knows)
+        assert report.kept == 3
+        for row, ready in zip(rows, prepared):
+            for side in ("chosen", "rejected"):
+                whole = knows.apply_chat_template([dict(role="user", content=row["prompt"]), *row[side]], tokenize=False)
+                assert knows.decode(ready["prompt_ids"] + ready[f"{side}_ids"]) == whole.removesuffix("\n")
+    nothing = rows + [dict(rows[0], chosen=answer(content="", tool_calls=[]))]
+    assert prepare(nothing, knows)[1].dropped == {"empty chosen": 1}
+
+
+def test_a_null_that_somebody_wrote_stays(tokenizer):
+    knows = deepcopy(tokenizer)
+    knows.chat_template = "{{ tools | tojson }}" + TEMPLATE
+    say = lambda role, content: [dict(role=role, content=content)]
+    pair = dict(prompt=say("user", "x"), chosen=say("assistant", "a"), rejected=say("assistant", "b"))
+    rows = [dict(pair, tools=[dict(name="sea", default=None)]), dict(pair, tools=[dict(name="sky", size=1)])]
+    for given in (rows, [dict(row, tools=json.dumps(row["tools"])) for row in rows], Dataset.from_list(rows[:1])):
+        for row, ready in zip(rows, prepare(given, knows)[0]):
+            assert knows.decode(ready["prompt_ids"]).startswith(json.dumps(row["tools"]))
+
+
+@pytest.mark.parametrize("wrong,words", [([None], "a message of chosen is no dictionary"), ([{"content": "a"}], "with a role"),
+                                         ({"content": "a"}, "chosen is a dict"), ("a", "use one format")])
+def test_rows_of_another_shape_are_named(tokenizer, wrong, words):
+    say = lambda role, content: [dict(role=role, content=content)]
+    good = dict(prompt=say("user", "x"), chosen=say("assistant", "a"), rejected=say("assistant", "b"))
+    with pytest.raises(TypeError, match=f"row 1: .*{words}"): prepare([good, dict(good, chosen=wrong)], tokenizer)
+
+
 # collation
 
 @pytest.mark.parametrize("side,multiple", [("right", None), ("left", None), ("right", 8), ("left", 8)])

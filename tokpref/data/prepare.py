@@ -16,7 +16,7 @@ import datasets
 from datasets import Dataset
 
 # %% ../../nbs/library/data/05_prepare.ipynb #128b2f33
-from .formats import PARTS, WEIGHTS, check_chat, check_columns, row_tools, split_pair, why_unusable
+from .formats import PARTS, WEIGHTS, check_chat, check_columns, row_tools, split_pair, why_unusable, without_none
 from .report import PrepReport, decode_row, make_report
 from .sources import code_digest, shows_examples
 from .tokens import check_lengths, check_tokenizer, check_weights, cut_response, encode_chat, encode_texts, fit_pair
@@ -64,7 +64,9 @@ def _named(call: Callable[[], Any], name: str, row: int) -> Any:
 # %% ../../nbs/library/data/05_prepare.ipynb #40628a7d
 def encode_batch(batch: dict[str, list], rows: list[int], tokenizer: Any, spec: dict) -> dict[str, list]:
     "Columns of raw rows to columns of prepared rows (for `Dataset.map`)."
-    pairs = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+    features = spec.get("features", {})
+    columns = [[without_none(value, features.get(name)) for value in values] for name, values in batch.items()]
+    pairs = [dict(zip(batch, values, strict=True)) for values in zip(*columns, strict=True)]
     read = [_named(partial(_read_pair, pair, tokenizer, spec), spec["name"], row)
             for pair, row in zip(pairs, rows, strict=True)]
     encoded = iter(encode_texts([texts for why, texts, ids in read if not why and not ids], tokenizer))
@@ -91,7 +93,8 @@ def _encode(dataset: Dataset, tokenizer: Any, spec: dict, num_proc: int | None) 
     columns = [column for column in (*PARTS, *WEIGHTS, "tools") if column in dataset.column_names]
     bos = tokenizer.bos_token_id
     code = code_digest(encode_batch, encode_texts, split_pair)
-    spec = dict(spec, begin=[] if bos is None else [bos], code=code)
+    features = {column: dataset.features[column] for column in columns}
+    spec = dict(spec, begin=[] if bos is None else [bos], code=code, features=features)
     return dataset.select_columns(columns).map(
         encode_batch, with_indices=True, batched=True, batch_size=500, num_proc=num_proc, remove_columns=columns,
         features=_features(columns), fn_kwargs=dict(tokenizer=tokenizer, spec=spec), desc=f"tokenising {spec['name']}")
@@ -129,8 +132,7 @@ def prepare(
     """
     if on_bad_row not in ("drop", "raise"):
         raise ValueError(f"on_bad_row must be 'drop' or 'raise', got {on_bad_row!r}")
-    if isinstance(dataset, list): dataset = Dataset.from_list(dataset)
-    check_columns(dataset, name)
+    dataset = check_columns(dataset, name)
     check_chat(dataset, chat_template_kwargs)
     check_lengths(max_length, max_prompt_length)
     check_tokenizer(tokenizer, pad=False)
