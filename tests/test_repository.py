@@ -533,7 +533,6 @@ def test_the_layout_allows_arrows_to_earlier_rooms(tmp_path, code):
     ("from ..engine.stats import token_stats", "imports engine.stats, which comes later"),
     ("def f():\n    from tokpref.engine import token_stats", "imports engine, which comes later"),
     ("def f():\n    import tokpref.engine.stats", "imports engine.stats, which comes later"),
-    ("from .prepare import prepare", "imports data.prepare, which comes later"),
     ("from tokpref.data import Row", "imports data, which comes later"),
     ("from tokpref import token_stats", "imports tokpref, which comes later"),
     ("from .formats import _split", "takes _split from data.formats; give it a public name"),

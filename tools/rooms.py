@@ -1,8 +1,8 @@
 """The layout of the package, checked: `python tools/rooms.py`; one line for each rule that a module breaks.
 
-A room is a module. It has a notebook of the same name, at most 350 lines, names that no other room exports, and
-arrows that point one way: a room imports from those before it in `ROOMS`, and within a folder from those with a
-smaller number, wherever in its text the import stands.
+A room is a module. It has a notebook of the same name, at most 350 lines, names that no other room exports, and arrows
+that point one way: a room imports from its own part of the package, in no circle, and from the parts before it in
+`ROOMS`, wherever in its text the import stands.
 """
 import ast
 import re
@@ -92,12 +92,6 @@ def arrows(name: str, tree: ast.Module, known: set[str]) -> list[Arrow]:
     return found
 
 
-def number(room: Room) -> tuple[str, int]:
-    "Folder of a room's notebook, and its number there."
-    digits = re.match(r"\d+", room.notebook.name)
-    return room.notebook.parent.as_posix(), int(digits[0]) if digits else -1
-
-
 def place(name: str) -> int:
     "Where a room's part of the package stands in `ROOMS`; -1 if nowhere."
     parts = [part for part in ROOMS if name == part or within(part, name)]
@@ -109,18 +103,11 @@ def within(folder: str, name: str) -> bool:
     return not folder or name.startswith(f"{folder}.")
 
 
-def wrong_way(arrow: Arrow, rooms: dict[str, Room]) -> bool:
+def wrong_way(arrow: Arrow) -> bool:
     "Whether an arrow leads to a room that comes later, or to the very folder that the room stands in."
     if within(arrow.target, arrow.source):
         return True
-    if place(arrow.source) != place(arrow.target):
-        return place(arrow.target) > place(arrow.source)
-    targets = [rooms[arrow.target]] if arrow.target in rooms else [
-        room for name, room in rooms.items() if within(arrow.target, name)]
-    folder, own = number(rooms[arrow.source])
-    return arrow.target != arrow.source and any(
-        number(target)[0] == folder and number(target)[1] >= own for target in targets
-    )
+    return place(arrow.target) > place(arrow.source)
 
 
 def circles(edges: dict[str, set[str]]) -> list[list[str]]:
@@ -152,7 +139,7 @@ def check_arrows(rooms: list[Room]) -> list[str]:
         for arrow in arrows(room.name, room.tree, set(known)):
             targets = {arrow.target} if arrow.target in known else {n for n in known if within(arrow.target, n)}
             edges.setdefault(room.name, set()).update(targets - {room.name})
-            if place(room.name) >= 0 and wrong_way(arrow, known):
+            if place(room.name) >= 0 and wrong_way(arrow):
                 lines.append(f"{file}: line {arrow.line} imports {arrow.target or 'tokpref'}, which comes later")
     return lines + [f"a circle of imports: {', '.join(circle)}" for circle in circles(edges)]
 
