@@ -26,6 +26,8 @@ from transformers.utils.peft_utils import find_adapter_config_file
 # %% ../nbs/library/01_models.ipynb #57372bb9
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftConfig, PeftModel
+else:
+    LoraConfig = PeftConfig = PeftModel = object    # their documentation is made without loading peft
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
