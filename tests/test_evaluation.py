@@ -1,6 +1,8 @@
 """Evaluation against exact sums, against other programs, and against the other modules' idea of the same number."""
 import itertools
 import math
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -265,6 +267,40 @@ def test_the_error_is_over_prompts():
     values = torch.tensor([1.0, 1.0, 1.0, 5.0, 5.0, 5.0])
     assert ev.estimate(values, [[0, 1, 2], [3, 4, 5]]).se == pytest.approx(2.0)
     assert ev.estimate(values).se < 1.0 and math.isnan(ev.estimate(values[:1]).se)
+
+
+def test_a_clustered_error_has_its_two_limits():
+    x = torch.randn(24, generator=torch.Generator().manual_seed(0))
+    by_value, by_four = ev.clustered_estimate(x, range(24)), ev.clustered_estimate(x, [i % 6 for i in range(24)])
+    assert by_value.se == pytest.approx(ev.estimate(x).se) and by_value.value == pytest.approx(x.mean().item(), abs=1e-6)
+    assert by_four.se == pytest.approx(ev.estimate(x, [list(range(i, 24, 6)) for i in range(6)]).se) and by_four.n == 6
+    doubled = ev.clustered_estimate(torch.cat([x, x]), [*range(24), *range(24)])
+    assert doubled.se == pytest.approx(by_value.se), "every value twice is no more evidence"
+    assert ev.clustered_estimate(x, ["one"] * 24).se == pytest.approx(by_value.se)
+    for values, clusters in ((x[:0], []), (x, range(23))):
+        with pytest.raises(ValueError, match="clustered_estimate"): ev.clustered_estimate(values, clusters)
+
+
+@pytest.mark.parametrize("name, clustered, naive", [("alpaca_eval-preferences", 0.0162, 0.0089), ("gsm8k-preferences", 0.0246, 0.0165)])
+def test_clustered_errors_of_real_pairs(name, clustered, naive):
+    "The rule that the longer response is better, in words, a tie for one half."
+    file = Path(os.environ.get("TOKPREF_DATA", "no data")) / name / "test.parquet"
+    if not file.exists(): pytest.skip("TOKPREF_DATA does not name these pairs")
+    rows = Dataset.from_parquet(str(file), cache_dir=None, keep_in_memory=True)
+    words = [[len(text.split()) for text in rows[side]] for side in ("chosen", "rejected")]
+    right = ((torch.tensor(words[0]) - torch.tensor(words[1])).sign() + 1) / 2
+    assert ev.clustered_estimate(right, rows["prompt"]).se == pytest.approx(clustered, abs=6e-5)
+    assert ev.estimate(right).se == pytest.approx(naive, abs=6e-5)
+
+
+def test_a_win_rate_is_clustered_by_prompt():
+    longer = lambda prompts, first, second: [float(len(a) > len(b)) for a, b in zip(first, second)]
+    chat = [{"role": "user", "content": "q"}]
+    candidates, references = ["aa", "aa", "aa", "b"], ["b", "b", "b", "aa"]
+    once = ev.win_rate(candidates, references, ["p", "q", "r", "s"], longer)
+    shared = ev.win_rate(candidates, references, ["p", "p", "p", chat], longer)
+    assert once.rate.value == shared.rate.value == 0.75 and shared.rate.n == 2
+    assert once.rate.se == pytest.approx(0.25) and shared.rate.se == pytest.approx(0.375)
 
 
 @pytest.mark.parametrize("rewards, message", [([1.0], "shape"), ([[1.0], [2.0]], "shape"), ([1.0, float("inf")], "sample 1")])

@@ -14,19 +14,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# %% ../../nbs/library/evaluation/06_judging.ipynb #74cb3fc6
-from .estimate import Estimate, estimate
+# %% ../../nbs/library/evaluation/06_judging.ipynb #626482e7
+from .estimate import Estimate, clustered_estimate
 
-# %% ../../nbs/library/evaluation/06_judging.ipynb #643f29a7
+# %% ../../nbs/library/evaluation/06_judging.ipynb #8c3100cd
 @dataclass
 class WinRate:
     "What a judge said of candidates against references."
 
-    rate: Estimate          # mean score, 1 for a win, 0.5 for a tie; in shares, with its standard error over prompts
+    rate: Estimate          # mean score, 1 for a win, 0.5 for a tie; in shares, with its error clustered by prompt
     scores: list[float]     # [N] mean of the two orders; nan where the judge gave no readable answer
     first: Estimate         # mean verdict for the response shown first, both orders: 0.5 without position bias
-    consistent: float       # share of prompts whose two orders have the same winner
-    unread: int             # prompts without a readable answer, left out of all the above
+    consistent: float       # share of pairs whose two orders have the same winner
+    unread: int             # pairs without a readable answer, left out of all the above
 
     def __str__(self) -> str:
         return f"{self.rate} (n={self.rate.n}, same winner in both orders: {self.consistent:.0%})"
@@ -44,14 +44,14 @@ def _verdicts(judge: Callable, prompts: Sequence, first: Sequence[str], second: 
     numbers = [math.nan if verdict is None else verdict for verdict in verdicts]
     return torch.tensor(numbers, dtype=torch.float64)
 
-# %% ../../nbs/library/evaluation/06_judging.ipynb #4af8bedc
+# %% ../../nbs/library/evaluation/06_judging.ipynb #bdff5d95
 def win_rate(
     candidates: Sequence[str],      # [N] responses of the policy
     references: Sequence[str],      # [N] responses to beat
     prompts: Sequence,              # [N]
     judge: Callable,                # (prompts, first, second) -> [N] 1: first is better, 0: second; None: no answer
 ) -> WinRate:
-    """How often a judge prefers the candidate: (j(c, r) + 1 − j(r, c))/2 a prompt.
+    """How often a judge prefers the candidate: (j(c, r) + 1 − j(r, c))/2 a pair.
 
     Both orders are asked; 2305.18290 asks for one, at random. The judge is called once, with both orders of all
     pairs. Raises `ValueError` for empty lists, lists of different lengths, a verdict that is none, and a judge
@@ -74,7 +74,9 @@ def win_rate(
     if not read.any():
         raise ValueError(f"win_rate: the judge gave no readable answer to any of {len(scores)} pairs")
     same = (there - 0.5).sign() == (0.5 - back).sign()
-    return WinRate(rate=estimate(scores[read]), scores=scores.tolist(), first=estimate(first[read]),
+    shared = [repr(prompt) for prompt, answered in zip(prompts, read.tolist(), strict=True) if answered]
+    return WinRate(rate=clustered_estimate(scores[read], shared), scores=scores.tolist(),
+                   first=clustered_estimate(first[read], shared),
                    consistent=float(same[read].double().mean()), unread=int((~read).sum()))
 
 # %% ../../nbs/library/evaluation/06_judging.ipynb #b2c57457
