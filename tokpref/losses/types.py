@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..checks import check_not_negative, check_positive, check_unused, nearest  # noqa: F401
+from ..checks import nearest
 
 # %% ../../nbs/library/losses/00_types.ipynb #7f6788a5
 _HOW_TO_GET = {"ref_logps": "pass a reference model to token_stats", "kl": "call token_stats(..., kl=True)",
