@@ -12,7 +12,6 @@ from typing import Any
 from torch import nn
 
 from ..losses.types import TokenStats
-from ..models import base_model, evaluating  # noqa: F401  for those who still import them from here
 from .forward import features, host_batch, moved, reference_features, response_positions, row_grid
 from .gradients import scored_twice
 from .in_place import Wants
