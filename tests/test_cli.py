@@ -98,7 +98,7 @@ def test_models_are_trained_and_compared_in_float32(run, home, made):
 def test_an_adapter_is_trained_on(run, home, made):
     code, text = run("train", "--model", home / "adapter", "--output", home / "out", *STEP)
     assert code == 0 and (home / "out" / "adapter_config.json").exists(), text
-    assert made[0].adapter_off and {p.dtype for p in made[0].model.parameters()} == {torch.float32}
+    assert not made[0].adapter_off and made[0].ref_model is not None and {p.dtype for p in made[0].model.parameters()} == {torch.float32}
 
 
 def test_held_out_pairs_are_measured_once_an_epoch_unless_asked_otherwise(run, home, made):
@@ -134,7 +134,7 @@ def test_names_of_trl_are_settings_too(run, home, made):
 
 def test_help_names_the_reference_of_an_adapter(capsys):
     with pytest.raises(SystemExit): main(["train", "--help"])
-    assert re.search(r"--ref REF.*an adapter.*without it", " ".join(capsys.readouterr().out.split()))
+    assert re.search(r"--ref REF.*the model as it starts, with its adapter", " ".join(capsys.readouterr().out.split()))
 
 
 # The way in

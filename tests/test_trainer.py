@@ -66,7 +66,7 @@ def test_an_adapter_by_name_can_be_trained(make, model, tmp_path):
     adapter.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
     adapter.save_pretrained(tmp_path / "adapter")
     trainer = make(dict(model=str(tmp_path / "adapter")))
-    assert isinstance(trainer.model, PeftModel) and trainer.ref_model is None
+    assert isinstance(trainer.model, PeftModel) and isinstance(trainer.ref_model, PeftModel)
     before = [p.clone() for p in trainer.model.parameters() if p.requires_grad]
     trainer.train()
     assert any((a != b).any() for a, b in zip(before, (p for p in trainer.model.parameters() if p.requires_grad), strict=True))
@@ -124,7 +124,7 @@ def test_a_cache_tells_references_apart_that_differ_in_their_adapter(make, model
     assert numbers(first, **cache) == numbers(first) != numbers(second) == numbers(second, **cache)
     assert numbers(None, **cache) == numbers(None) and len(list((tmp_path / "cache").iterdir())) == 3
     for policy in (adapted(model), adapted(model)):      # switched off they are one reference, which is scored once
-        assert make(dict(model=policy), precompute_ref_logps=True, **cache).train_dataset["chosen_ref_logps"][0] == numbers(None)
+        assert make(dict(model=policy), reference_without_adapter=True, precompute_ref_logps=True, **cache).train_dataset["chosen_ref_logps"][0] == numbers(None)
     assert len(list((tmp_path / "cache").iterdir())) <= 4
 
 
@@ -132,7 +132,38 @@ def test_rows_without_the_numbers_of_a_reference_that_is_gone_are_refused(make, 
     for policy in (model, adapted(model)):
         trainer = make(dict(model=policy, ref_model=shifted(model)), precompute_ref_logps=True)
         with pytest.raises(ValueError, match="precompute_ref_logps has let go of the reference: .*eval_dataset"): trainer.evaluate(PAIRS)
-    assert make(dict(model=adapted(model)), precompute_ref_logps=True).evaluate(PAIRS)["eval_kl/chosen"] > 0
+    base = dict(reference_without_adapter=True, precompute_ref_logps=True)
+    assert make(dict(model=adapted(model)), **base).evaluate(PAIRS)["eval_kl/chosen"] > 0
+
+
+@pytest.mark.parametrize("loss", ["dpo", "tdpo2"])
+def test_an_adapter_that_was_trained_before_is_part_of_the_reference(make, model, caplog, loss):
+    "As TRL: the loss starts at ln 2 and every margin at 0. The copy shares the base's weights and does not train along."
+    policy = adapted(model)
+    with caplog.at_level(logging.WARNING, "tokpref.training"):
+        trainer = make(dict(model=policy, eval_dataset=PAIRS), loss=loss, learning_rate=1e-2, max_steps=3)
+    assert any("its adapter copied and frozen" in said for said in caplog.messages)
+    before = trainer.evaluate()
+    assert before["eval_loss"] == pytest.approx(0.693147, abs=1e-5)
+    assert before["eval_rewards/margins"] == pytest.approx(0, abs=1e-6) and before["eval_kl/chosen"] < 1e-6
+    start = {name: p.detach().clone() for name, p in trainer.ref_model.named_parameters()}
+    for name, weight in policy.named_parameters():
+        assert (weight is dict(trainer.ref_model.named_parameters())[name]) == ("lora" not in name), name
+    trainer.train()
+    assert trainer.evaluate()["eval_kl/chosen"] > 1e-6
+    assert_close(dict(trainer.ref_model.named_parameters()), start, rtol=0, atol=0)
+
+
+def test_the_base_of_an_adapter_is_a_reference_by_choice(make, model):
+    policy = adapted(model)
+    chosen = make(dict(model=copy.deepcopy(policy), eval_dataset=PAIRS), reference_without_adapter=True).evaluate()
+    explicit = make(dict(model=copy.deepcopy(policy), ref_model=copy.deepcopy(model), eval_dataset=PAIRS)).evaluate()
+    assert chosen["eval_loss"] == pytest.approx(explicit["eval_loss"], abs=1e-6) != pytest.approx(0.693147, abs=1e-6)
+    for options in (dict(model=copy.deepcopy(policy), ref_model=model), dict(model=model)):
+        with pytest.raises(ValueError, match="reference_without_adapter would be ignored"):
+            make(options, reference_without_adapter=True)
+    new = LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True, task_type="CAUSAL_LM")
+    assert make(dict(model=get_peft_model(copy.deepcopy(model), new))).ref_model is None, "a new adapter costs nothing"
 
 
 @pytest.mark.parametrize("settings", [dict(loss="simpo"), dict(loss="dpo", precompute_ref_logps=True)])

@@ -53,7 +53,7 @@ def _add_train(commands) -> None:
     parser.add_argument("--eval-split", help="split of the held-out pairs, which are measured after each epoch "
                                              "or every --set eval_steps=N")
     parser.add_argument("--ref", help="hub id or folder of the reference "
-                                      "(default: the model as it starts; for an adapter the base model without it)")
+                                      "(default: the model as it starts, with its adapter if it is one)")
     parser.add_argument("--loss", help=f"one of {', '.join(LOSSES)} (default: dpo); "
                                        "its options by --set, for adpo --set 'loss_options={window: 4}'")
     parser.add_argument("--beta", type=float, help="strength of the pull to the reference (default: the loss's own)")

@@ -124,6 +124,8 @@ class PreferenceConfig(TrainingArguments):
     max_prompt_length: int | None = _setting(None, "most tokens of the prompt; None: cut only when needed")
     chat_template_kwargs: dict | str | None = _setting(None, "more arguments of the chat template")
     disable_dropout: bool = _setting(True, "dropout makes log-ratios noisy, so it is off, an adapter's included")
+    reference_without_adapter: bool = _setting(
+        False, "an adapter that was trained before: the reference is the base, not the policy as handed over")
     precompute_ref_logps: bool = _setting(False, "run the reference over the data once, before training")
     ref_cache: str | None = _setting(None, "folder that keeps precomputed reference log-probs for later runs")
     one_pass: bool = _setting(True, "loss and gradients in one go; False: all statistics first, then all logits again")

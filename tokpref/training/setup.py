@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['NEVER_CALLED', 'BASELINE_FILE', 'check_arguments', 'check_token_budget', 'check_models', 'check_trainable',
-           'load_models', 'row_lengths', 'check_positions', 'with_lengths', 'prepare_dataset', 'check_precompute',
-           'add_reference', 'make_baseline_head', 'load_baseline_head', 'add_to_optimizer', 'choose_engine',
-           'not_finite']
+           'load_models', 'adapter_is_new', 'frozen_twin', 'choose_reference', 'row_lengths', 'check_positions',
+           'with_lengths', 'prepare_dataset', 'check_precompute', 'add_reference', 'make_baseline_head',
+           'load_baseline_head', 'add_to_optimizer', 'choose_engine', 'not_finite']
 
 # %% ../../nbs/library/training/01_setup.ipynb #469a3e5a
+import copy
 import logging
 import os
 from collections.abc import Callable
@@ -27,7 +28,7 @@ from ..engine.obstacles import engine_obstacles
 from ..engine.reference import add_ref_logps, cached_ref_logps
 from ..losses import BaselineHead
 from ..losses.registry import LossSpec, mixes_pairs
-from ..models import add_adapter, base_model, load_model, load_tokenizer
+from ..models import add_adapter, base_model, frozen, has_adapter, load_model, load_tokenizer, pick_reference
 from .config import PreferenceConfig
 
 # %% ../../nbs/library/training/01_setup.ipynb #a9103dff
@@ -116,6 +117,38 @@ def load_models(
     if peft_config is not None: policy = add_adapter(policy, peft_config)
     check_trainable(policy)
     return policy, reference, tokenizer
+
+# %% ../../nbs/library/training/01_setup.ipynb #0748c34c
+def adapter_is_new(model: nn.Module) -> bool:
+    "Whether a model's LoRA adapter changes nothing yet: its second matrices are all zero."
+    names = ("lora_B", "lora_embedding_B")
+    second = [weight for name, weight in model.named_parameters() if any(part in name for part in names)]
+    return bool(second) and not any(bool(weight.any()) for weight in second)
+
+
+def frozen_twin(model: nn.Module) -> nn.Module:
+    "A frozen copy that shares all weights which are not trained, so that of an adapter only the adapter is copied."
+    shared = {id(weight): weight for weight in model.parameters() if not weight.requires_grad}
+    return frozen(copy.deepcopy(model, shared))
+
+# %% ../../nbs/library/training/01_setup.ipynb #2cff7285
+def choose_reference(
+    policy: nn.Module,                  # as it is before training
+    ref_model: nn.Module | None,        # the reference, if there is a model of its own
+    args: PreferenceConfig,
+    needed: bool,                       # whether the loss has a reference
+) -> nn.Module | None:                  # frozen; None: the policy with its adapter off, or there is none
+    "The reference of a run. Raises `ValueError` if `reference_without_adapter` would do nothing."
+    if args.reference_without_adapter and (ref_model is not None or not has_adapter(policy)):
+        why = "the policy has no adapter" if ref_model is None else "ref_model is the reference"
+        raise ValueError(f"reference_without_adapter would be ignored: {why}")
+    trained_before = has_adapter(policy) and not adapter_is_new(policy)
+    if ref_model is None and trained_before and not args.reference_without_adapter:
+        _tell(logging.WARNING, "reference: the policy as it was handed over, its adapter copied and frozen "
+              "(reference_without_adapter=True takes the base model instead)")
+        return frozen_twin(policy)
+    reference = pick_reference(policy, ref_model, otherwise="copy" if needed else "none")
+    return None if reference is None else frozen(reference)
 
 # %% ../../nbs/library/training/01_setup.ipynb #7d1b1463
 def row_lengths(rows: Dataset) -> np.ndarray:

@@ -22,7 +22,7 @@ from ..engine.one_pass import BatchLoss, pair_loss
 from ..engine.packing import split_by_tokens
 from ..losses.registry import LossSpec, check_loss
 from ..metrics import RunningAverages, pair_metrics
-from ..models import disable_dropout, frozen, has_adapter, max_positions, pick_reference, reference_of
+from ..models import disable_dropout, has_adapter, max_positions, reference_of
 from . import setup
 from .card import model_card
 from .config import PreferenceConfig
@@ -43,7 +43,7 @@ class PreferenceTrainer(Trainer):
         args: PreferenceConfig | None = None,   # None: DPO with defaults, into ./tokpref-output
         train_dataset: Any = None,              # prompt/chosen/rejected as text or messages, or prepared rows
         eval_dataset: Any = None,               # the same, or a dict of several
-        ref_model: nn.Module | str | None = None,   # or a name; None: adapter off for PEFT, else a frozen copy
+        ref_model: nn.Module | str | None = None,   # or a name; None: the policy as handed over
         processing_class: Any = None,           # the tokenizer; None: loaded with a model given by name
         peft_config: Any = None,                # wraps the model in a new adapter
         data_collator: Any = None,              # None: a `PreferenceCollator`
@@ -57,9 +57,8 @@ class PreferenceTrainer(Trainer):
 
         set_seed(args.seed)                         # a new adapter is random
         policy, ref_model, tokenizer = setup.load_models(model, ref_model, processing_class, peft_config)
-        self.adapter_off: bool = ref_model is None and has_adapter(policy)     # that is the reference
-        self.ref_model = pick_reference(policy, ref_model, otherwise="copy" if self.spec.reference else "none")
-        if self.ref_model is not None: frozen(self.ref_model)
+        self.ref_model = setup.choose_reference(policy, ref_model, args, needed=self.spec.reference)
+        self.adapter_off: bool = self.ref_model is None and has_adapter(policy)     # that is the reference
         for module in (policy, self.ref_model) if args.disable_dropout else ():
             if module is not None: disable_dropout(module)
 
