@@ -21,8 +21,8 @@ from tokpref.data import PreferenceCollator
 from tokpref.evaluation import estimate, preference_metrics, sample, sample_kl
 from tokpref.experiments.compare import baselines, figures, sources, table, train
 from tokpref.experiments.compare import run as harness
-from tokpref.experiments import scratch
-from tokpref.experiments.tasks import sentiment, toy
+from tokpref.experiments import letters, reviews
+from tokpref.experiments.tasks import toy
 from tokpref.experiments.compare import (TASKS, VARIANTS, LossRun, Preparation, RunConfig, Stage, compare, comparison_figure, comparison_table,
                                          find_task, held_out_metrics, read_profiles, resolve_losses, summarise)
 from tokpref.losses import LOSSES, LossSpec
@@ -369,14 +369,14 @@ def test_exact_numbers_of_the_toy_agree_with_sampling(tmp_path):
     config = replace(find_task("toy").configure("smoke")[1], **QUICK)
     problem = toy.prepare_toy(config, tmp_path, progress=False)
     torch.manual_seed(0)
-    moved = toy.toy_policy(problem.tokenizer, config)
+    moved = letters.toy_policy(problem.tokenizer, config)
     moved.load_state_dict({k: v + 0.05 * torch.randn_like(v) for k, v in problem.policy.state_dict().items()})
     exact = problem.evaluate(moved.eval())
-    prompts = toy.all_prompts(config.letters)
-    table = toy.outcome_rewards(toy.string_rewards(prompts, config), config.void_reward)
-    texts = ["".join(chr(97 + c) for c in s) for d in range(config.max_letters + 1) for s in toy.all_strings(config.letters, d).tolist()]
+    prompts = letters.all_prompts(config.letters)
+    table = letters.outcome_rewards(letters.string_rewards(prompts, config), config.void_reward)
+    texts = ["".join(chr(97 + c) for c in s) for d in range(config.max_letters + 1) for s in letters.all_strings(config.letters, d).tolist()]
     place = {text: i for i, text in enumerate(texts)}
-    samples = sample(moved, problem.tokenizer, [toy.to_text(p).strip() for p in prompts], n=400, batch_size=600,
+    samples = sample(moved, problem.tokenizer, [letters.to_text(p).strip() for p in prompts.tolist()], n=400, batch_size=600,
                      max_new_tokens=config.max_letters + 1, progress=False)
     rewards = []
     for i, ids, text in zip(samples.index, samples.response_ids, samples.responses):
@@ -408,30 +408,33 @@ def test_sentiment_smoke_end_to_end(tmp_path, monkeypatch):
 
 
 def test_a_stage_that_stopped_half_way_is_made_again(tmp_path):
-    stages = scratch.Stages(find_task("sentiment").configure("smoke")[1], tmp_path, {"tokenizer": ("vocab_size",)})
+    config = find_task("sentiment").configure("smoke")[1]
 
-    def stops(folder):
-        (folder / "half").write_text("x")
-        raise KeyboardInterrupt
+    def make(work):
+        (work.folder / ("whole" if again else "half")).write_text("x")
+        if not again: raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt): stages.run("tokenizer", stops)
-    place = stages.run("tokenizer", lambda folder: (folder / "whole").write_text("y") and "done")
-    assert [path.name for path in place.iterdir()] == ["whole"] and [path.name for path in tmp_path.iterdir()] == [place.name]
+    stages = [Stage("tokenizer", ("vocab_size",), make, lambda work: sorted(path.name for path in work.folder.iterdir()))]
+    again = False
+    with pytest.raises(KeyboardInterrupt): Preparation(stages, config, tmp_path)["tokenizer"]
+    again = True
+    preparation = Preparation(stages, config, tmp_path)
+    assert preparation["tokenizer"] == ["whole"] and list(tmp_path.iterdir()) == [preparation.place("tokenizer")]
 
 
 def test_nothing_is_learnt_from_the_test_split(monkeypatch):
     raw = {"train": (["Same text.", "Own text.", "Own text."], [1, 0, 0]), "unsupervised": (["Same text.", "Third."], [-1, -1]),
            "test": (["Same text.", "Test only."], [1, 0])}
-    monkeypatch.setattr(sentiment, "_read_split", lambda source, split: raw[split])
-    reviews = sentiment.load_reviews("imdb")
-    assert reviews.train == ["Own text."] and reviews.labels == [0] and reviews.unlabelled == ["Third."] and reviews.repeated == 3
-    assert reviews.test == ["Same text.", "Test only."]
+    monkeypatch.setattr(reviews.texts, "_read_split", lambda source, split: raw[split])
+    found = reviews.load_reviews("imdb")
+    assert found.train == ["Own text."] and found.labels == [0] and found.unlabelled == ["Third."] and found.repeated == 3
+    assert found.test == ["Same text.", "Test only."]
 
 
 def test_missing_reviews_say_what_to_do(monkeypatch, tmp_path):
     monkeypatch.setenv("TOKPREF_DATA", str(tmp_path))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(FileNotFoundError, match="set TOKPREF_DATA.*profile smoke") as error: sentiment.load_reviews("nobody/imdb")
+    with pytest.raises(FileNotFoundError, match="set TOKPREF_DATA.*profile smoke") as error: reviews.load_reviews("nobody/imdb")
     assert len(str(error.value).splitlines()) == 1
 
 

@@ -14,7 +14,7 @@ from peft import get_peft_model
 
 from tokpref.data import prepare
 from tokpref.experiments import pretrained
-from tokpref.experiments.compare import TASKS, Task, compare, comparison_figure, comparison_table, find_task, resolve_losses
+from tokpref.experiments.compare import TASKS, Preparation, Task, compare, comparison_figure, comparison_table, find_task, resolve_losses
 from tokpref.experiments.pretrained import (
     HubConfig,
     PairMeasure,
@@ -33,7 +33,6 @@ from tokpref.experiments.pretrained import (
     sft_rows,
     stored_result,
 )
-from tokpref.experiments.scratch import Stages
 from tokpref.models import load_model, load_tokenizer, lora, pick_precision
 
 QUICK = HubConfig(test_split="", eval_pairs=24, train_pairs=48, max_length=100, max_prompt_length=50, max_new_tokens=6, prompts=6, eval_batch=16, precision="float32",
@@ -248,7 +247,7 @@ def test_results_are_those_of_the_checkout_or_of_a_named_folder(tmp_path, monkey
 
 
 def test_fine_tuning_with_another_optimiser_is_another_stage():
-    key = lambda **changes: Stages(replace(QUICK, **changes), Path(), pretrained.PAIR_STAGES).key("sft")
+    key = lambda **changes: Preparation(pretrained.PAIR_STAGES, replace(QUICK, **changes), Path()).place("sft")
     assert len({key(), key(optimizer="adamw_torch"), key(max_grad_norm=1.0)}) == 3 and key() == key(beta=0.5, steps=7)
 
 

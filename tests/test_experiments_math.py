@@ -7,11 +7,24 @@ import torch
 
 from tokpref import data
 from tokpref.evaluation import Samples
-from tokpref.experiments.tasks import math as stories
+from tokpref.experiments import gsm8k
 from tokpref.experiments.compare import TASKS, compare, find_task, resolve_losses
-from tokpref.experiments.tasks.math import (CARELESS, GSM8KConfig, breaks, careless_solution, check_solution, draw_problems, exact_match, final_answer, marked_samples, math_tokenizer, solution_pairs,
-                                      split_problems)
+from tokpref.experiments.gsm8k import GSM8KConfig
 from tokpref.experiments.scratch import ScratchConfig, fresh_model, train_lm, train_tokenizer
+from tokpref.experiments.stories import (
+    CARELESS,
+    breaks,
+    careless_solution,
+    check_solution,
+    draw_problems,
+    exact_match,
+    final_answer,
+    marked_samples,
+    math_tokenizer,
+    problems,
+    solution_pairs,
+    split_problems,
+)
 
 PROBLEMS = draw_problems(400, seed="test")
 
@@ -73,8 +86,8 @@ def test_no_problem_is_in_two_lists(monkeypatch):
     lists = split_problems(config)
     questions = [p.question for part in lists.values() for p in part]
     assert len(set(questions)) == len(questions) == 500 and split_problems(config) == lists
-    monkeypatch.setattr(stories, "PEOPLE", stories.PEOPLE[:2])
-    monkeypatch.setattr(stories, "THINGS", stories.THINGS[:2])
+    monkeypatch.setattr(problems, "PEOPLE", problems.PEOPLE[:2])
+    monkeypatch.setattr(problems, "THINGS", problems.THINGS[:2])
     with pytest.raises(ValueError, match="ask for fewer"): draw_problems(4000, 0, (1, 1), 8)
 
 
@@ -115,15 +128,14 @@ def test_smoke_end_to_end(tmp_path, monkeypatch):
     record = compare("math", "smoke", losses=["adpo-m4"], seeds=(0, 1), out=tmp_path, overrides=quick, progress=False)
     assert record["start"]["kl"] == pytest.approx(0, abs=1e-6) and {"greedy", "solved_any", "break_step", "lucky"} <= set(record["start"])
     assert record["problem"]["train_pairs"] == sum(record["problem"]["kinds"].values()) and [run["seed"] for run in record["runs"]] == [0, 1]
-    assert stories.MATH.configure()[0] == "nano"
+    assert find_task("math").configure()[0] == "nano"
 
 
 def test_own_samples_of_a_model_in_a_folder(tmp_path):
     "The way of the profiles `colab` and `paper`, with a small model and stories in the place of GSM8K."
     config = GSM8KConfig(model=str(tmp_path / "model"), questions="stories", completions=6, train_questions=60, test_questions=8, lora_rank=4, max_length=160,
                          max_new_tokens=40, eval_batch=64, steps=2, eval_steps=1, batch_size=8, micro_batch=4, beta=1.0, learning_rate=1e-3)
-    problems = stories.gsm8k_problems(config, "train")
-    texts = [f"{p.prompt} {p.solution}" for p in problems]
+    texts = [f"{p.prompt} {p.solution}" for p in gsm8k.gsm8k_problems(config, "train")]
     tokenizer = train_tokenizer(texts, 360)
     small = ScratchConfig(hidden_size=64, layers=1, heads=2, context=128, lm_tokens=250_000, lm_batch=16, lm_learning_rate=1e-2)
     model = fresh_model(tokenizer, small)
@@ -138,7 +150,7 @@ def test_own_samples_of_a_model_in_a_folder(tmp_path):
 
 def test_accuracies_by_author():
     pairs = {"chosen_model": ["human", "human", "6b", "6b"]}
-    assert stories.author_accuracies(pairs, [1.0, -1.0, 2.0, 0.0]) == {"all": 0.625, "person": 0.5, "model": 0.75}
+    assert gsm8k.author_accuracies(pairs, [1.0, -1.0, 2.0, 0.0]) == {"all": 0.625, "person": 0.5, "model": 0.75}
 
 
 @pytest.mark.skipif(not data.data_root(), reason="needs the data")
@@ -148,5 +160,5 @@ def test_given_pairs_know_their_authors(tmp_path):
     record = compare("math", "pairs", losses=["dpo"], seeds=[0], out=tmp_path, overrides=quick, progress=False)
     found = record["runs"][0]["metrics"]
     assert min(found["accuracy_person"], found["accuracy_model"]) <= found["accuracy"] <= max(found["accuracy_person"], found["accuracy_model"])
-    test = stories.gsm8k_problems(stories.GSM8KConfig(test_questions=5), "test")
+    test = gsm8k.gsm8k_problems(GSM8KConfig(test_questions=5), "test")
     assert all(final_answer(p.solution) == p.answer and "<<" not in p.solution for p in test) and test[0].prompt.startswith("Question: ")

@@ -5,9 +5,10 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
-from tokpref.experiments.tasks import sentiment
-from tokpref.experiments.compare import compare, find_task
+from tokpref.experiments import reviews
+from tokpref.experiments.compare import Preparation, compare, find_task
 from tokpref.experiments.scratch import ScratchConfig, fresh_model, train_tokenizer
+from tokpref.models import load_tokenizer
 
 TINY = {"sft_epochs": 0.2, "sft_batch": 16, "micro_batch": 4, "sft_warmup_steps": 2, "context": 32, "train_prompts": 8, "eval_pair_prompts": 4, "eval_prompts": 8,
         "frontier_prompts": 2, "frontier_samples": 16, "steps": 2, "eval_steps": 1, "batch_size": 8, "source": "templates", "seeds": (0,), "warmup_steps": 1}
@@ -17,7 +18,7 @@ TINY = {"sft_epochs": 0.2, "sft_batch": 16, "micro_batch": 4, "sft_warmup_steps"
 def names(tmp_path_factory):
     "A language model and a classifier, each with its tokenizer, in folders."
     folder = tmp_path_factory.mktemp("models")
-    tokenizer = train_tokenizer(sentiment.template_reviews(100, 0)[0], 400)
+    tokenizer = train_tokenizer(reviews.template_reviews(100, 0)[0], 400)
     fresh_model(tokenizer, ScratchConfig(hidden_size=32, layers=1, heads=2, context=64)).save_pretrained(folder / "lm")
     classifier = LlamaForSequenceClassification(LlamaConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
                                                             pad_token_id=tokenizer.pad_token_id, num_labels=2, id2label={0: "NEGATIVE", 1: "POSITIVE"}))
@@ -41,10 +42,10 @@ def test_baselines_train_an_adapter_too(names, tmp_path):
 
 
 def test_reward_of_the_hub_is_the_probability_of_positive(names):
-    tokenizer = sentiment.load_tokenizer(names["model"])
+    tokenizer = load_tokenizer(names["model"])
     classifier = LlamaForSequenceClassification.from_pretrained(names["reward_model"])
     prompts, responses = [tokenizer("The film")["input_ids"]] * 3, [" was dull.", " was wonderful, moving and superb.", ""]
-    together = sentiment.hub_reward(prompts, responses, classifier, tokenizer, tokenizer, batch_size=2)
+    together = reviews.hub_reward(prompts, responses, classifier, tokenizer, tokenizer=tokenizer, batch_size=2)
     with torch.no_grad():
         alone = [classifier(torch.tensor([tokenizer("The film" + r)["input_ids"]])).logits.softmax(-1)[0, 1].item() for r in responses]
     assert together.tolist() == pytest.approx(alone, rel=1e-4)
@@ -52,6 +53,13 @@ def test_reward_of_the_hub_is_the_probability_of_positive(names):
 
 def test_what_is_measured_does_not_depend_on_what_is_trained():
     config = find_task("sentiment").profiles["colab"]
-    key = lambda stage, **changes: sentiment.Stages(replace(config, **changes), None, sentiment._HUB_STAGES).key(stage)
-    assert key("measure") == key("measure", beta=0.5, learning_rate=1.0, train_prompts=7) != key("measure", reward_model="other")
+    key = lambda stage, **changes: Preparation(reviews.HUB_STAGES, replace(config, **changes), "").place(stage)
+    assert key("measure") == key("measure", beta=0.5, learning_rate=1.0, train_prompts=7)
+    assert key("measure") != key("measure", reward_model="other")
     assert key("start") == key("start", reward_model="other") != key("start", model="other") and key("pairs") != key("pairs", train_prompts=7)
+
+
+def test_a_reward_that_cannot_be_loaded_stops_before_anything_is_tuned(names, tmp_path):
+    with pytest.raises(FileNotFoundError, match="cannot load reward_model"):
+        compare("sentiment", "colab", ["dpo"], out=tmp_path, overrides={**TINY, **names, "reward_model": "nobody/none"}, progress=False)
+    assert not list((tmp_path / "prepared").glob("start*"))
