@@ -140,6 +140,18 @@ def test_the_site_lists_every_notebook_once():
     assert sorted(listed) == sorted(p.relative_to(ROOT / "nbs").as_posix() for p in NOTEBOOKS)
 
 
+@every(NOTEBOOKS)
+def test_links_lead_to_files(path):
+    prose = "\n".join(cell.source for cell in cells(path, "markdown"))
+    links = re.findall(r"\]\((?!https?:|mailto:|#)([^)\s#]+\.ipynb)", prose)
+    assert not [link for link in links if not (path.parent / link).exists()]
+
+
+def test_the_navigation_bar_leads_to_pages():
+    bar = yaml.safe_load((ROOT / "_quarto.yml").read_text(encoding="utf-8"))["website"]["navbar"]["left"]
+    assert all((ROOT / "nbs" / entry["href"]).exists() for entry in bar)
+
+
 def test_nbdev_finds_the_site_description():
     assert (ROOT / "nbs" / "_quarto.yml").read_text(encoding="utf-8") == (ROOT / "_quarto.yml").read_text(
         encoding="utf-8"

