@@ -300,6 +300,23 @@ def test_rows_of_another_shape_are_named(tokenizer, wrong, words):
     with pytest.raises(TypeError, match=f"row 1: .*{words}"): prepare([good, dict(good, chosen=wrong)], tokenizer)
 
 
+@pytest.mark.parametrize("form", ["torch", "numpy"])
+def test_a_format_of_the_dataset_changes_nothing(tokenizer, form):
+    rows = [row | dict(chosen_weights=None, rejected_weights=None) for row in some_rows(3)]
+    plain = prepare(some_rows(3), tokenizer)[0]
+    for row, ready in zip(rows, plain):
+        row |= {f"{side}_weights": [0.5] * len(ready[f"{side}_ids"]) for side in ("chosen", "rejected")}
+    given = Dataset.from_list(rows)
+    expected, ready = prepare(given, tokenizer)[0], prepare(given.with_format(form), tokenizer)[0]
+    assert columns(expected) == columns(ready)
+    one, other = (PreferenceCollator(0)(list(rows)) for rows in (expected, ready.with_format(form)))
+    for name in one: torch.testing.assert_close(one[name], other[name])
+
+
+def test_max_length_is_a_number(tokenizer):
+    with pytest.raises(TypeError, match="max_length must be a number of tokens, got None"): prepare(some_rows(1), tokenizer, None)
+
+
 # collation
 
 @pytest.mark.parametrize("side,multiple", [("right", None), ("left", None), ("right", 8), ("left", 8)])
@@ -444,6 +461,17 @@ def test_edited_converter_is_not_served_from_cache(tmp_path, no_hub, monkeypatch
         spec.loader.exec_module(module)
         monkeypatch.setitem(LOADERS, "set", Loader(str(tmp_path / "set"), module.convert))
         assert load_preferences("set")[0]["prompt"] == word
+
+
+def test_an_empty_file_is_one_line(tmp_path, no_hub):
+    (tmp_path / "empty.jsonl").write_text("")
+    with pytest.raises(ValueError, match="empty.jsonl, split 'train': the file has no rows"): load_texts(tmp_path / "empty.jsonl")
+
+
+def test_a_split_is_a_whole_word_of_a_file_name(tmp_path, no_hub):
+    for name in ("latest.jsonl", "my_test-0.jsonl"): (tmp_path / name).write_text(json.dumps(some_rows(1)[0]) + "\n")
+    with pytest.raises(ValueError, match="a file is one split"): load_texts(tmp_path / "latest.jsonl", "test")
+    assert len(load_texts(tmp_path / "my_test-0.jsonl", "test")) == 1
 
 
 # the real sets (their text is never shown: one of them is harmful)

@@ -72,6 +72,7 @@ class PreferenceCollator:
 
     def __call__(self, rows: list[Row]) -> dict[str, torch.Tensor]:
         if not rows: raise ValueError("cannot collate an empty list of rows")
+        rows = [{name: getattr(values, "tolist", lambda v=values: v)() for name, values in row.items()} for row in rows]
         prompts = [row["prompt_ids"] for row in rows] * 2
         pairs = list(zip(prompts, [row[f"{side}_ids"] for side in SIDES for row in rows], strict=True))
         batch = {"input_ids": self.pad([prompt + response for prompt, response in pairs], self.pad_token_id),

@@ -183,7 +183,7 @@ def check_columns(dataset: Any, name: str) -> Dataset:
                         "it must be text, or a list of {role, content} messages")
     if len(set(WEIGHTS) & set(columns)) == 1:
         raise ValueError(f"{name}: chosen_weights and rejected_weights come together, one of the two is missing")
-    return dataset
+    return dataset if dataset.format["type"] == "custom" else dataset.with_format(None)
 
 
 def check_chat(dataset: Dataset, chat_template_kwargs: dict | None) -> None:

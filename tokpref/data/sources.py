@@ -151,7 +151,7 @@ def _open_file(path: Path, split: str) -> Dataset:
     "The rows of one file, or a slice of them."
     if not path.is_file(): raise FileNotFoundError(f"no file {path}")
     name, rest = _split_name(split)
-    if name != "train" and name not in path.name:
+    if name != "train" and not re.search(rf"(?<![A-Za-z0-9]){re.escape(name)}(?![A-Za-z0-9])", path.name):
         raise ValueError(f"a file is one split: pass split='train{rest}', or a file with {name!r} in its name")
     suffix = Path(path.name.removesuffix(".gz")).suffix
     return load_dataset(_FORMATS[suffix], data_files=str(path), split="train" + rest)
@@ -210,6 +210,7 @@ def load_texts(
     loader = find_loader(str(source)) or Loader(str(source))
     loader = dataclasses.replace(loader, config=config or loader.config, data_dir=data_dir or loader.data_dir)
     try: return _open(str(source), split, loader)
+    except StopIteration: raise ValueError(f"{source}, split {split!r}: the file has no rows") from None
     except (ValueError, DatasetGenerationError) as e:
         raise ValueError(f"{source}, split {split!r}: {str(e.__cause__ or e).splitlines()[0]}") from None
 

@@ -151,6 +151,7 @@ def fit_pair(
 # %% ../../nbs/library/data/01_tokens.ipynb #3538d74c
 def check_lengths(max_length: int, max_prompt_length: int | None) -> None:
     "Raise `ValueError` unless a prompt and a response can fit."
+    if not isinstance(max_length, int): raise TypeError(f"max_length must be a number of tokens, got {max_length!r}")
     if max_length < 4: raise ValueError(f"max_length must be at least 4 tokens, got {max_length}")
     if max_prompt_length is not None and not 0 < max_prompt_length <= max_length - 2:
         raise ValueError(f"max_prompt_length must lie between 1 and max_length - 2 = {max_length - 2}, "
