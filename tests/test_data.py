@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset, DatasetDict, disable_progress_bars
+from datasets import Dataset, DatasetDict, concatenate_datasets, disable_progress_bars
 from datasets.exceptions import DatasetNotFoundError
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch.utils.data import DataLoader
@@ -472,6 +472,19 @@ def test_a_split_is_a_whole_word_of_a_file_name(tmp_path, no_hub):
     for name in ("latest.jsonl", "my_test-0.jsonl"): (tmp_path / name).write_text(json.dumps(some_rows(1)[0]) + "\n")
     with pytest.raises(ValueError, match="a file is one split"): load_texts(tmp_path / "latest.jsonl", "test")
     assert len(load_texts(tmp_path / "my_test-0.jsonl", "test")) == 1
+
+
+def test_sets_put_together_show_no_examples_if_one_of_them_shows_none(tokenizer):
+    quiet, other = Dataset.from_list(some_rows(2)), Dataset.from_list(some_rows(3))
+    quiet.info.description, other.info.description = "tokpref: a; no examples shown", "tokpref: b, licence MIT"
+    for parts in ([quiet, other], [other, quiet]):
+        assert not prepare(concatenate_datasets(parts), tokenizer)[1].examples
+    assert prepare(other, tokenizer)[1].examples
+
+
+def test_weights_are_shown_where_their_tokens_are(tokenizer):
+    row = dict(prompt_ids=[5], chosen_ids=[6] * 9, rejected_ids=[7], chosen_weights=[float(i) for i in range(9)], row=0)
+    assert "  weights 0 1 … 5 more … 7 8" in describe_row(row, tokenizer, most=4).splitlines()
 
 
 # the real sets (their text is never shown: one of them is harmful)

@@ -28,6 +28,11 @@ def pad_rows(values: Sequence[list], fill: float, length: int, left: bool = Fals
     return torch.tensor([gap + row if left else row + gap for row, gap in zip(values, gaps, strict=True)])
 
 
+def _longest(values: Sequence[list], step: int) -> int:
+    "The length of the longest row, rounded up to a multiple of `step`."
+    return math.ceil(max(map(len, values)) / step) * step
+
+
 def _per_token(rows: list[Row], what: str) -> list[list[float]]:
     "`chosen_<what>` of all rows, then `rejected_<what>`, each as long as its response; empty if the rows have none."
     if not any(f"{side}_{what}" in rows[0] for side in SIDES): return []
@@ -87,5 +92,4 @@ class PreferenceCollator:
 
     def pad(self, values: Sequence[list], fill: float) -> torch.Tensor:
         "Rows of differing length to one tensor [len(values), L], padded with `fill` on `padding_side`."
-        length = math.ceil(max(map(len, values)) / (self.pad_to_multiple_of or 1)) * (self.pad_to_multiple_of or 1)
-        return pad_rows(values, fill, length, left=self.padding_side == "left")
+        return pad_rows(values, fill, _longest(values, self.pad_to_multiple_of or 1), left=self.padding_side == "left")

@@ -127,12 +127,15 @@ def decode_row(row: dict, tokenizer: Any) -> dict[str, Any]:
     return {"row": row["row"], **{part: tokenizer.decode(row[f"{part}_ids"]) for part in PARTS}}
 
 # %% ../../nbs/library/data/04_report.ipynb #d69cbbf7
+def _ends(words: list[str], most: int) -> list[str]:
+    "Words, the middle left out when there are more than `most`."
+    if len(words) <= most: return words
+    return words[:most // 2] + [f"… {len(words) - most} more …"] + words[len(words) - (most - most // 2):]
+
+
 def _show_tokens(ids: list[int], tokenizer: Any, most: int) -> str:
     "Tokens between bars, the middle left out when there are many."
-    words = [repr(tokenizer.decode([token]))[1:-1] for token in ids]
-    if len(words) > most:
-        words = words[:most // 2] + [f"… {len(ids) - most} more …"] + words[len(words) - (most - most // 2):]
-    return "|".join(words)
+    return "|".join(_ends([repr(tokenizer.decode([token]))[1:-1] for token in ids], most))
 
 
 def describe_row(
@@ -149,5 +152,6 @@ def describe_row(
         lost = f", {cuts[part]} cut {where}" if cuts[part] else ""
         lines += [f"{part}: {len(ids)} tokens, mask {mask}{lost}", "  " + _show_tokens(ids, tokenizer, most)]
         weights = row.get(f"{part}_weights")
-        if weights is not None: lines.append("  weights " + " ".join(f"{weight:g}" for weight in weights[:most]))
+        if weights is None: continue
+        lines.append("  weights " + " ".join(_ends([f"{weight:g}" for weight in weights], most)))
     return "\n".join(lines)

@@ -227,8 +227,8 @@ def source_note(dataset: Dataset) -> str:
 
 
 def shows_examples(dataset: Dataset) -> bool:
-    "Whether a report may show rows of this dataset."
-    return not source_note(dataset).endswith(_QUIET)
+    "Whether a report may show rows of this dataset, or of those it was put together from."
+    return _QUIET not in (dataset.info.description or "")
 
 # %% ../../nbs/library/data/03_sources.ipynb #d0eda82f
 def _leave_out(full: Dataset, loader: Loader) -> Dataset:
