@@ -137,6 +137,17 @@ def test_samples_keep_the_end_token_and_say_what_was_cut(model, tokenizer):
     assert not any("<end>" in text for text in samples.responses)
 
 
+@pytest.mark.parametrize("ends", [7, [1, 7], [7, 9]])
+def test_a_response_ends_where_the_generation_config_ends_a_turn(model, tokenizer, ends):
+    draw = lambda: ev.sample(model, tokenizer, ["abc", "d"], n=100, max_new_tokens=16, progress=False)
+    assert any(7 in ids[:-1] for ids in draw().response_ids), "without it, samples run on past token 7"
+    model.generation_config.eos_token_id = ends
+    samples, known = draw(), {1, 7} | set(ends if isinstance(ends, list) else [ends])
+    for ids, cut in zip(samples.response_ids, samples.truncated):
+        assert not known & set(ids[:-1]) and cut == (ids[-1] not in known) and (len(ids) == 16 or not cut)
+    assert any(ids[-1] == 7 for ids in samples.response_ids) and model.generation_config.eos_token_id == ends
+
+
 def test_left_padding_changes_no_greedy_response(model, tokenizer):
     prompts = ["a", "abcdefgh", "zz", "hello there"]
     together = ev.sample(model, tokenizer, prompts, temperature=0, max_new_tokens=6, progress=False)
