@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from transformers import TrainingArguments
-from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations.integration_utils import get_available_reporting_integrations
 
 from ..checks import check_positive
 from ..losses.registry import LOSSES, LossSpec, check_loss
@@ -205,7 +205,8 @@ def _as(kinds: tuple, value: Any) -> Any:
     if bool in kinds and isinstance(value, bool): return value
     if str in kinds and isinstance(value, str): return value
     if not (int in kinds or float in kinds) or isinstance(value, bool): raise TypeError
-    try: number = float(value)
+    plain: Any = value
+    try: number = float(plain)
     except (TypeError, ValueError): raise TypeError from None
     if float in kinds: return value if isinstance(value, numbers.Real) else number
     if not number.is_integer(): raise TypeError

@@ -112,7 +112,8 @@ class PreferenceTrainer(Trainer):
                     self.args, model, self.ref_model, inputs, self.loss, self.baseline_head)
             return pair_loss(
                 model, self.ref_model, inputs, self.loss, kl=kl, entropy=kl or curious, baseline=self.baseline_head,
-                chunk_size=self.args.chunk_size, workspace=self.args.workspace, **self.engine)
+                chunk_size=self.args.chunk_size, workspace=self.args.workspace,
+                one_pass=self.engine["one_pass"], shared_prompt=self.engine["shared_prompt"])
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None) -> Any:
         "The mean loss of a batch and, if asked, the `PairLoss`. Raises `FloatingPointError` if it is not finite."
