@@ -69,7 +69,8 @@ class Bench:
         spec = {"contenders": names, "repeats": repeats, "device": self.args.device, "dtype": self.dtype, "seed": self.args.seed,
                 "threads": self.args.threads, **what}
         label = f"{section:8} {what['shape']:12} {allocator:8} {' '.join(names)}"
-        try: results = worker.run(spec) if self.args.quick and self.runs else in_a_process(spec, allocator)
+        here = self.args.device != "cpu" or (self.args.quick and self.runs)
+        try: results = worker.run(spec) if here else in_a_process(spec, allocator)
         except RuntimeError as error:
             self.failed.append(f"{label}: {error}")
             return print(f"{label}: failed: {error}", flush=True)
@@ -107,8 +108,9 @@ class Bench:
                 self.child("step", [name], repeats, "keeping", **self.source(shape))
 
     def steps_on_an_accelerator(self, shapes: list[str], names: list[str]) -> None:
-        """All contenders of a shape in one process, taking turns: its allocator counts for each alone. Compiled ones stand apart,
-        since a model stays compiled."""
+        """All contenders of a shape in this process, taking turns: the allocator of a GPU counts for each alone. Compiled ones
+        stand apart, since a model stays compiled."""
+        sys.path += [str(PEERS / peer) for peer in sorted({CONTENDERS[name].peer for name in names} - {None})]
         compiled = [name for name in names if "compiled" in name]
         for shape in shapes:
             self.child("step", [name for name in names if name not in compiled], self.args.repeats, **self.source(shape))

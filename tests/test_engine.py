@@ -408,6 +408,12 @@ def test_packed_inputs_are_of_no_use_to_another_attention():
     with pytest.raises(RuntimeError): model(**packed_inputs(packed, model))
 
 
+def test_a_table_takes_no_memory_on_the_way_to_a_device():
+    "Its first three dimensions say numbers: expanded before a copy, they would be copied."
+    packed = pack_pairs(shared_batch(), layout="branches").to("meta")
+    assert packed_inputs(packed, make("Llama"))["attention_mask"].stride() == (0, 0, 0, 1)
+
+
 def test_a_model_that_keeps_our_attention_runs_as_before():
     model, batch = make("Llama"), shared_batch()
     inputs = dict(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])

@@ -54,7 +54,7 @@ _pieces_of = WeakTensorKeyDictionary()      # table -> masks of its segments: ma
 
 def segment_table(packed: Packed) -> Tensor:
     "[1, 1, B, 3] int64: shared, chosen's own and rejected's own tokens of each segment."
-    return torch.tensor(packed.sizes, dtype=torch.int64)[None, None]
+    return torch.tensor(packed.sizes, dtype=torch.int64, device=packed.input_ids.device)[None, None]
 
 
 def _rest_mask(shared: int, chosen: int, rejected: int, device: torch.device) -> Tensor:
@@ -206,8 +206,9 @@ def branch_table(packed: Packed) -> Tensor:
     tails = [chosen + rejected for _, chosen, rejected in packed.sizes]
     def ends(sizes: list[int]) -> list[int]: return [0, *itertools.accumulate(sizes)]
     padding = [0] * (2 * pairs)
-    numbers = [*ends(own), *ends(tails), *padding, *ends(own[:pairs]), *padding]
-    return torch.tensor(numbers, dtype=torch.int32).expand(max(own), max(1, *tails), 1 + sum(own[:pairs]), -1)
+    numbers = torch.tensor([*ends(own), *ends(tails), *padding, *ends(own[:pairs]), *padding], dtype=torch.int32)
+    here = numbers.to(packed.input_ids.device, non_blocking=True)       # before it is expanded: a copy would be of full size
+    return here.expand(max(own), max(1, *tails), 1 + sum(own[:pairs]), -1)
 
 
 def _bounds(table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -260,19 +261,24 @@ def checkpoints(model: nn.Module) -> bool:
                for module in base_model(model).modules())
 
 
+def _configs(model: nn.Module) -> list:
+    "The configurations that the model's modules read their attention from, each once."
+    return list({id(m.config): m.config for m in base_model(model).modules() if hasattr(m, "config")}.values())
+
+
 @contextlib.contextmanager
 def packed_attention(packed: Packed, *models: nn.Module) -> Iterator[None]:
     "Inside, these models attend to packed pairs as their layout wants it; afterwards they are as they were."
     plain = packed.layout == "rows" or any(takes_flex(model) for model in models)
-    configs = {} if plain else {id(m.config): (m.config, checkpoints(model) and model.training)
-                                for model in models for m in base_model(model).modules() if hasattr(m, "config")}
-    before = {key: config._attn_implementation for key, (config, _) in configs.items()}
+    configs = [] if plain else [config for model in models for config in _configs(model)]
+    keep = [not plain and model.training and checkpoints(model) for model in models]
+    before = [config._attn_implementation for config in configs]
     try:
-        for config, _ in configs.values(): config._attn_implementation = PACKED_ATTENTION
+        for config in configs: config._attn_implementation = PACKED_ATTENTION
         yield
     finally:
-        for key, (config, keeps) in configs.items():
-            if not keeps: config._attn_implementation = before[key]
+        for config, own in zip(configs, before, strict=True):
+            if not any(keep): config._attn_implementation = own
 
 # %% ../../nbs/library/engine/10_attention.ipynb #d2a037a0
 def _masks(packed: Packed, model: nn.Module) -> dict:
@@ -293,7 +299,6 @@ def packed_inputs(packed: Packed, model: nn.Module) -> dict:
         mask = next(iter(masks.values())) if len(masks) == 1 else masks
     else:
         table = branch_table(packed) if packed.layout == "branches" else segment_table(packed)
-        table = table.to(packed.input_ids.device, non_blocking=True)
         kinds = attention_windows(model)
         mask = table if len(kinds) == 1 else dict.fromkeys(kinds, table)
     return {"input_ids": packed.input_ids, "position_ids": packed.position_ids, "attention_mask": mask}
