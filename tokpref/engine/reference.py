@@ -34,7 +34,7 @@ def add_ref_logps(
     collator: PreferenceCollator,           # makes the batches
     batch_size: int = 8,                    # pairs per batch
     process: tuple[int, int] = (0, 1),      # index of this process, number of processes
-) -> Dataset:                               # with columns chosen_ref_logps and rejected_ref_logps, a float per response token
+) -> Dataset:                               # with columns chosen_ref_logps, rejected_ref_logps: a float a token
     "The prepared rows with the reference's log-probabilities."
     index, world = process
     mine: Any = dataset.select(range(index, len(dataset), world))
@@ -127,7 +127,7 @@ def cached_ref_logps(
     batch_size: int = 8,                    # pairs per batch
     process: tuple[int, int] = (0, 1),      # index of this process, number of processes
 ) -> Dataset:                               # with columns chosen_ref_logps and rejected_ref_logps
-    """As `add_ref_logps`, read from `folder` if this model scored these tokens before in the same precision of autocast.
+    """As `add_ref_logps`, read from `folder` if this model scored these tokens before, in autocast's present precision.
 
     Raises `ValueError` for a file that is damaged or does not fit its rows, and for a model whose weights are sharded.
     """
