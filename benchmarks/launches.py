@@ -81,8 +81,8 @@ def way_of_a_gpu(counter: list[Launches]) -> Iterator[None]:
                *((one_pass, name, on_the_host(getattr(one_pass, name))) for name in ("plan", "plan_tiles")),
                *((attention, name, one_launch(getattr(attention, name), counter))
                  for name in ("_forward_call", "_backward_call")),
-               (kernels, "chunk_statistics", one_launch(kernels.plain_statistics, counter)),
-               (kernels, "chunk_gradient", one_launch(kernels.plain_gradient, counter))]
+               (kernels, "fused_statistics", one_launch(kernels.plain_statistics, counter)),
+               (kernels, "fused_gradient", one_launch(kernels.plain_gradient, counter))]
     before = [getattr(module, name) for module, name, _ in changes]
     for module, name, value in changes: setattr(module, name, value)
     try: yield

@@ -31,12 +31,12 @@ def test_statistics_and_gradient(vocabulary, spread, softcap):
     targets = torch.randint(vocabulary, (3,), device=DEVICE)
     transform = kernels.Transform(0.7, softcap)
     wants = (True, True, True)
-    ours = kernels.chunk_statistics(z, q, targets, wants, transform, transform)
+    ours = kernels.fused_statistics(z, q, targets, wants, transform, transform)
     plain = kernels.plain_statistics(z.double(), q.double(), targets, wants, transform, transform)
     for name, values in plain.items(): close(ours[name].double(), values, 1e-4)
     g, k = torch.randn(2, 3, device=DEVICE)
     more = g, k, ours["norm"], ours["ref_norm"], transform, transform
-    close(kernels.chunk_gradient(z.clone(), q, targets, *more), kernels.plain_gradient(z.clone(), q, targets, *more))
+    close(kernels.fused_gradient(z.clone(), q, targets, *more), kernels.plain_gradient(z.clone(), q, targets, *more))
 
 
 def test_a_token_that_is_ruled_out_adds_nothing():
@@ -44,9 +44,9 @@ def test_a_token_that_is_ruled_out_adds_nothing():
     q = torch.randn_like(z)
     z[:, 7] = q[:, 7] = -torch.inf
     targets = torch.tensor([1, 2], device=DEVICE)
-    stats = kernels.chunk_statistics(z, q, targets, (True, True, True))
+    stats = kernels.fused_statistics(z, q, targets, (True, True, True))
     for name, values in kernels.plain_statistics(z, q, targets, (True, True, True)).items(): close(stats[name], values)
-    grad = kernels.chunk_gradient(z, q, targets, stats["kl"], stats["kl"], stats["norm"], stats["ref_norm"])
+    grad = kernels.fused_gradient(z, q, targets, stats["kl"], stats["kl"], stats["norm"], stats["ref_norm"])
     assert (grad[:, 7] == 0).all()
 
 
