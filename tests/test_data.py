@@ -259,6 +259,15 @@ def test_a_tokenizer_without_that_space_is_asked_for_plain_ids(tokenizer):
         assert continue_ids([text], tokenizer) == [tokenizer(text, add_special_tokens=False)["input_ids"]]
 
 
+@pytest.mark.parametrize("declared", [{}, {"unk_token": "<unk>"}])
+def test_a_tokenizer_of_whole_words_keeps_them(declared):
+    vocab = {word: place for place, word in enumerate(("<unk>", "<eos>", "yes", "no"))}
+    words = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>", **declared)
+    assert continue_ids(["yes", "no yes"], tokenizer) == [[2], [3, 2]]
+
+
 def test_function_calls_are_content_and_keep_their_own_arguments(tokenizer, tmp_path):
     knows = deepcopy(tokenizer)
     knows.chat_template = ("{% for m in messages %}<|{{ m.role }}|>{{ m.content if m.content }}"

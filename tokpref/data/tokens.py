@@ -46,6 +46,7 @@ def continue_ids(texts: list[str], tokenizer: Any) -> list[list[int]]:
     for anchor in _ANCHORS:
         (start,), probe = _plain_ids([anchor], tokenizer), _plain_ids(["b", anchor + "b"], tokenizer)
         if not start or probe[1][:len(start)] != start: continue
+        if tokenizer.decode(probe[1]).strip() != (anchor + "b").strip(): continue     # it holds an unknown token
         if probe[1] == start + probe[0]: break          # a beginning is not treated in another way
         for place, ids in enumerate(_plain_ids([anchor + text for text in texts], tokenizer)):
             if done[place] is None and ids[:len(start)] == start: done[place] = ids[len(start):]
