@@ -1,14 +1,14 @@
 """What is compared: each contender makes, of (policy, reference, batch), a function that gives the loss to call backward on."""
+
 import tempfile
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
+import own
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-import own
 
 BETA, ALPHA = 0.1, 0.5
 
@@ -75,8 +75,16 @@ def trl_dpo(policy: nn.Module, reference: nn.Module, batch: dict, compact: bool 
     if compact: __import__("trl.trainer.utils").trainer.utils._use_triton = lambda device: True
     folder = tempfile.TemporaryDirectory()
     cpu = next(policy.parameters()).device.type == "cpu"
-    args = DPOConfig(output_dir=folder.name, beta=BETA, bf16=False, gradient_checkpointing=False, report_to="none", use_cpu=cpu,
-                     max_length=None, disable_tqdm=True)
+    args = DPOConfig(
+        output_dir=folder.name,
+        beta=BETA,
+        bf16=False,
+        gradient_checkpointing=False,
+        report_to="none",
+        use_cpu=cpu,
+        max_length=None,
+        disable_tqdm=True,
+    )
     rows = Dataset.from_dict({"prompt": ["a"], "chosen": ["b"], "rejected": ["c"]})
     trainer = DPOTrainer(policy, reference, args, train_dataset=rows, processing_class=_word_tokenizer())
     policy.train()
@@ -127,7 +135,9 @@ CONTENDERS: dict[str, Contender] = {
     "trl-1.16": Contender("TRL 1.16 DPO as shipped", "dpo", trl_dpo, "trl-1.16", 2),
     "trl-1.16-compact": Contender("TRL 1.16 DPO, compact path", "dpo", partial(trl_dpo, compact=True), "trl-1.16"),
     "trl-1.10": Contender("TRL 1.10 DPO, full logits", "dpo", trl_dpo, "trl-1.10"),
-    "dpo-tiles": Contender("DPO from TRL 1.16's tiled kernels, no metrics", "dpo", partial(from_tiles, kl=False), "trl-1.16", 3),
+    "dpo-tiles": Contender(
+        "DPO from TRL 1.16's tiled kernels, no metrics", "dpo", partial(from_tiles, kl=False), "trl-1.16", 3
+    ),
     "liger": Contender("Liger fused DPO", "dpo", liger_dpo, "liger", 3),
     "tdpo-released": Contender("TDPO2, the released computation", "tdpo2", released_tdpo),
     "tdpo-tiles": Contender("TDPO2 from TRL 1.16's tiled kernels", "tdpo2", partial(from_tiles, kl=True), "trl-1.16"),

@@ -15,14 +15,14 @@ import tempfile
 import time
 from pathlib import Path
 
-import torch
-from tokpref.experiments.compare import hardware, versions, write_json
-
 import measure
 import report
+import torch
 import worker
 import workloads
 from contenders import CONTENDERS
+
+from tokpref.experiments.compare import hardware, versions, write_json
 
 HERE = Path(__file__).resolve().parent
 PEERS = Path(os.environ.get("TOKPREF_PEERS") or Path(sys.prefix) / "peers")
@@ -31,27 +31,49 @@ DTYPES = {"cpu": "float32", "cuda": "bfloat16"}
 PARTS = ["steps", "losses", "prompts", "memory"]
 QUIET = {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false"}
 FIRST_GPU = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-ON_CUDA = ("own-dpo", "own-tdpo2", "own-tbpo_a", "own-unshared-dpo", "own-compiled-dpo", "own-compiled-tdpo2", "trl-1.16", "liger",
-           "tdpo-tiles", "tdpo-released")
+ON_CUDA = (
+    "own-dpo",
+    "own-tdpo2",
+    "own-tbpo_a",
+    "own-unshared-dpo",
+    "own-compiled-dpo",
+    "own-compiled-tdpo2",
+    "trl-1.16",
+    "liger",
+    "tdpo-tiles",
+    "tdpo-released",
+)
 OWN = ("own-dpo", "own-tdpo2", "own-entropy-dpo", "own-roomy-dpo", "own-roomy-tdpo2", "own-recompute-tdpo2",
        "own-unshared-dpo", "own-plain-dpo")
 LOSSES = ("own-dpo", "own-tdpo2", "own-tbpo_a", "own-roomy-dpo", "own-roomy-tdpo2")
-KEEPING = ("own-dpo", "own-tdpo2", *(n for n in PUBLIC if n != "trl-1.16"))     # with an allocator that keeps its pages too
+KEEPING = (
+    "own-dpo",
+    "own-tdpo2",
+    *(n for n in PUBLIC if n != "trl-1.16"),
+)  # with an allocator that keeps its pages too
 FULL = ("own-dpo", "trl-1.16-compact")      # the two that a bar compares under it; the others get three steps
 
 
 def available(names) -> list[str]:
     "Those contenders that exist in this version and whose package is installed."
-    return [n for n in names if n in CONTENDERS and (CONTENDERS[n].peer is None or (PEERS / CONTENDERS[n].peer).is_dir())]
+    return [
+        n for n in names if n in CONTENDERS and (CONTENDERS[n].peer is None or (PEERS / CONTENDERS[n].peer).is_dir())
+    ]
 
 
 def in_a_process(spec: dict, allocator: str) -> dict:
     "What a worker measures for a spec, in a fresh process that sees the peer's folder. Raises `RuntimeError` if it fails."
     peers = {CONTENDERS[n].peer for n in spec["contenders"]} - {None}
     paths = [str(PEERS / peer) for peer in sorted(peers)] + [p for p in (os.environ.get("PYTHONPATH"),) if p]
-    own = {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": str(spec["threads"]), "CUDA_VISIBLE_DEVICES": FIRST_GPU}
+    own = {
+        "PYTHONPATH": os.pathsep.join(paths),
+        "OMP_NUM_THREADS": str(spec["threads"]),
+        "CUDA_VISIBLE_DEVICES": FIRST_GPU,
+    }
     env = os.environ | QUIET | measure.ALLOCATORS[allocator] | own
-    done = subprocess.run([sys.executable, str(HERE / "worker.py"), json.dumps(spec)], capture_output=True, text=True, env=env)
+    done = subprocess.run(
+        [sys.executable, str(HERE / "worker.py"), json.dumps(spec)], capture_output=True, text=True, env=env
+    )
     line = next((x for x in done.stdout.splitlines() if x.startswith("RESULT ")), None)
     if line is None: raise RuntimeError((done.stderr.strip().splitlines() or ["no output"])[-1][:300])
     return json.loads(line.removeprefix("RESULT "))
@@ -66,8 +88,15 @@ class Bench:
 
     def child(self, section: str, names: list[str], repeats: int, allocator: str = "default", **what) -> None:
         "Run contenders in one fresh process and keep what it measured; say so if it failed."
-        spec = {"contenders": names, "repeats": repeats, "device": self.args.device, "dtype": self.dtype, "seed": self.args.seed,
-                "threads": self.args.threads, **what}
+        spec = {
+            "contenders": names,
+            "repeats": repeats,
+            "device": self.args.device,
+            "dtype": self.dtype,
+            "seed": self.args.seed,
+            "threads": self.args.threads,
+            **what,
+        }
         label = f"{section:8} {what['shape']:12} {allocator:8} {' '.join(names)}"
         here = self.args.device != "cpu" or (self.args.quick and self.runs)
         try: results = worker.run(spec) if here else in_a_process(spec, allocator)
@@ -77,21 +106,44 @@ class Bench:
         kept = {k: v for k, v in what.items() if k != "file"}
         for name, result in results.items():
             shared = len(results) > 1 and self.args.device == "cpu"
-            if shared: result["peak"] = None    # of several in one process only the first starts from a clean state
-            self.runs.append({"section": section, "contender": name, "label": CONTENDERS[name].label, "allocator": allocator, **kept, **result})
-        print(f"{time.time() - self.started:5.0f} s  {label}: {', '.join(map(report.in_brief, results.values()))}", flush=True)
+            if shared: result["peak"] = None  # of several in one process only the first starts from a clean state
+            self.runs.append(
+                {
+                    "section": section,
+                    "contender": name,
+                    "label": CONTENDERS[name].label,
+                    "allocator": allocator,
+                    **kept,
+                    **result,
+                }
+            )
+        print(
+            f"{time.time() - self.started:5.0f} s  {label}: {', '.join(map(report.in_brief, results.values()))}",
+            flush=True,
+        )
         self.save()
 
     def result(self, rate: float) -> dict:
         "All that is known so far, with the dense rate of the machine."
         args = self.args
-        config = {k: v for k, v in vars(args).items() if k != "out"} | {"dtype": self.dtype, "allocators": measure.ALLOCATORS}
-        return {"benchmark": "engine", "config": config, "versions": versions() | report.peer_versions(PEERS),
-                "hardware": hardware(), "dense_rate": rate, "seconds": round(time.time() - self.started),
-                **report.summary(self.runs, rate, args.device),
-                "shapes": {n: s._asdict() for n, s in workloads.SHAPES.items()}, "lengths": workloads.HH_LENGTHS,
-                "tokens": {n: workloads.token_counts(v) for n, v in workloads.HH_LENGTHS.items()}, "failed": self.failed,
-                "runs": self.runs}
+        config = {k: v for k, v in vars(args).items() if k != "out"} | {
+            "dtype": self.dtype,
+            "allocators": measure.ALLOCATORS,
+        }
+        return {
+            "benchmark": "engine",
+            "config": config,
+            "versions": versions() | report.peer_versions(PEERS),
+            "hardware": hardware(),
+            "dense_rate": rate,
+            "seconds": round(time.time() - self.started),
+            **report.summary(self.runs, rate, args.device),
+            "shapes": {n: s._asdict() for n, s in workloads.SHAPES.items()},
+            "lengths": workloads.HH_LENGTHS,
+            "tokens": {n: workloads.token_counts(v) for n, v in workloads.HH_LENGTHS.items()},
+            "failed": self.failed,
+            "runs": self.runs,
+        }
 
     def save(self) -> None:
         "Write what there is, so that a run that is cut off leaves what it measured."
@@ -113,7 +165,9 @@ class Bench:
         sys.path += [str(PEERS / peer) for peer in sorted({CONTENDERS[name].peer for name in names} - {None})]
         compiled = [name for name in names if "compiled" in name]
         for shape in shapes:
-            self.child("step", [name for name in names if name not in compiled], self.args.repeats, **self.source(shape))
+            self.child(
+                "step", [name for name in names if name not in compiled], self.args.repeats, **self.source(shape)
+            )
         for shape in shapes if compiled else (): self.child("step", compiled, self.args.repeats, **self.source(shape))
 
     def source(self, shape: str) -> dict:
@@ -128,13 +182,15 @@ class Bench:
 
     def interleaved(self, shapes: list[str]) -> None:
         "The losses of tokpref against each other, step by step in one process."
-        for shape in shapes: self.child("losses", available(LOSSES), max(9, 2 * self.args.repeats), **self.source(shape))
+        for shape in shapes:
+            self.child("losses", available(LOSSES), max(9, 2 * self.args.repeats), **self.source(shape))
 
     def prompts(self, shape: str, lengths=(32, 512, 1024)) -> None:
         "A shared prompt encoded once against twice; responses of 80 tokens, all alike, so that neither has padding."
         names = available(("own-dpo", "own-unshared-dpo"))
         if len(names) < 2: return
-        for n in lengths: self.child("prompt", names, self.args.repeats, shape=shape, lengths=[[n, 80, 80]] * 4, prompt=n)
+        for n in lengths:
+            self.child("prompt", names, self.args.repeats, shape=shape, lengths=[[n, 80, 80]] * 4, prompt=n)
 
     def memory(self, vocabularies=(8192, 262_144), lengths=(64, 1024), slope_shape: str = "32k") -> None:
         "Peaks over vocabulary and response length; a vocabulary of 128 shows what the model itself takes."
@@ -147,16 +203,30 @@ class Bench:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="tokpref's engine beside public peers: time and memory of one training step.")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, tokpref and the released TDPO computation only; a test")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: bfloat16, shapes of 1B and 135M weights")
-    parser.add_argument("--repeats", type=int, default=5, help="timed steps of a contender, after the warm-up (default 5)")
-    parser.add_argument("--threads", type=int, default=int(os.environ.get("OMP_NUM_THREADS") or min(os.cpu_count() or 1, 16)))
+    parser = argparse.ArgumentParser(
+        description="tokpref's engine beside public peers: time and memory of one training step."
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="tiny sizes, tokpref and the released TDPO computation only; a test"
+    )
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="cuda: bfloat16, shapes of 1B and 135M weights"
+    )
+    parser.add_argument(
+        "--repeats", type=int, default=5, help="timed steps of a contender, after the warm-up (default 5)"
+    )
+    parser.add_argument(
+        "--threads", type=int, default=int(os.environ.get("OMP_NUM_THREADS") or min(os.cpu_count() or 1, 16))
+    )
     parser.add_argument("--seed", type=int, default=1, help="of weights and ids (default 1)")
     parser.add_argument("--out", type=Path, help="the results (default results/engine-DEVICE.json; none with --quick)")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="which parts to run (default: all)")
-    parser.add_argument("--shapes", nargs="+", choices=list(workloads.SHAPES), help="models (default: those of the device)")
-    parser.add_argument("--only", nargs="+", choices=list(CONTENDERS), help="contenders of the part `steps` (default: all)")
+    parser.add_argument(
+        "--shapes", nargs="+", choices=list(workloads.SHAPES), help="models (default: those of the device)"
+    )
+    parser.add_argument(
+        "--only", nargs="+", choices=list(CONTENDERS), help="contenders of the part `steps` (default: all)"
+    )
     return parser.parse_args(argv)
 
 
@@ -165,9 +235,11 @@ def run(args: argparse.Namespace, folder: Path, rate: float) -> Bench:
     bench, cuda = Bench(args, folder, rate), args.device == "cuda"
     shapes = args.shapes or (["tiny"] if args.quick else list(report.CUDA_SHAPES) if cuda else ["32k", "128k"])
     names = args.only or ((*OWN, "tdpo-released") if args.quick else ON_CUDA if cuda else (*PUBLIC, *OWN))
-    for name in sorted(set(names) - set(available(names))): print(f"left out: {name} (not installed, or not in this tokpref)")
+    for name in sorted(set(names) - set(available(names))):
+        print(f"left out: {name} (not installed, or not in this tokpref)")
     if "steps" in args.parts: bench.steps(shapes, names)
-    if "losses" in args.parts and not cuda: bench.interleaved(shapes)      # on an accelerator all contenders take turns anyway
+    if "losses" in args.parts and not cuda:
+        bench.interleaved(shapes)  # on an accelerator all contenders take turns anyway
     if "prompts" in args.parts: bench.prompts(shapes[0], (8, 24) if args.quick else (32, 512, 1024))
     if "memory" in args.parts: bench.memory(*(((512, 1024), (8,), "tiny") if args.quick else ()))
     return bench
@@ -185,7 +257,7 @@ def main(argv: list[str] | None = None) -> int:
     if not args.out and not args.quick: args.out = HERE.parent / "results" / f"engine-{args.device}.json"
     rate = dense_rate(args)
     with tempfile.TemporaryDirectory() as folder: bench = run(args, Path(folder), rate)
-    bench.rate = max(rate, dense_rate(args))        # before and after: the better one, should the machine have been busy
+    bench.rate = max(rate, dense_rate(args))  # before and after: the better one, should the machine have been busy
     result = bench.result(bench.rate)
     print(report.text(result))
     bench.save()

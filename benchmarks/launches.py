@@ -22,17 +22,35 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch  # noqa: E402
+import workloads  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes  # noqa: E402
 
-import workloads  # noqa: E402
 from tokpref import LOSSES  # noqa: E402
 from tokpref.engine import attention, gradients, in_place, kernels, one_pass, packing, trial  # noqa: E402
 
 PEERS = Path(os.environ.get("TOKPREF_PEERS") or Path(sys.prefix) / "peers")
-FREE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "detach", "lift_fresh",
-        "resize_"}
-WAITS = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "unique", "_unique2", "unique_consecutive"}
+FREE = {
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "new_empty",
+    "new_empty_strided",
+    "_unsafe_view",
+    "detach",
+    "lift_fresh",
+    "resize_",
+}
+WAITS = {
+    "_local_scalar_dense",
+    "nonzero",
+    "is_nonzero",
+    "equal",
+    "masked_select",
+    "unique",
+    "_unique2",
+    "unique_consecutive",
+}
 
 
 def _is_view(operation) -> bool:

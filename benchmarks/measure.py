@@ -78,7 +78,8 @@ def gradient_sketch(policy: nn.Module, probes: int = 2) -> list[float]:
     for p in policy.parameters():
         grad = p.grad.detach().flatten().double()
         totals[0] += grad @ grad
-        for i in range(probes): totals[i + 1] += grad @ torch.randn(len(grad), generator=generator, device=device).double()
+        for i in range(probes):
+            totals[i + 1] += grad @ torch.randn(len(grad), generator=generator, device=device).double()
     totals[0] = totals[0].sqrt()
     return totals.tolist()
 

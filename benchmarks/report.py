@@ -34,11 +34,25 @@ CPU = (
     Bar("TDPO2 step / TDPO2 from TRL's kernels", "own-tdpo2", "tdpo-tiles", (0.20, 0.14)),
     Bar("TDPO2 peak / released computation", "own-tdpo2", "tdpo-released", (0.06, 0.015), "peak"),
     Bar("TDPO2 peak, recomputed / released", "own-recompute-tdpo2", "tdpo-released", (0.06, 0.015), "peak"),
-    Bar("TDPO2 step / TDPO2 from TRL's kernels, pages kept", "own-tdpo2", "tdpo-tiles", (None, None), allocator="keeping"),
-    Bar("TDPO2 step / released computation, pages kept", "own-tdpo2", "tdpo-released", (None, None), allocator="keeping"),
+    Bar(
+        "TDPO2 step / TDPO2 from TRL's kernels, pages kept",
+        "own-tdpo2",
+        "tdpo-tiles",
+        (None, None),
+        allocator="keeping",
+    ),
+    Bar(
+        "TDPO2 step / released computation, pages kept", "own-tdpo2", "tdpo-released", (None, None), allocator="keeping"
+    ),
     Bar("DPO peak / TRL 1.16 compact", "own-dpo", "trl-1.16-compact", (0.20, 0.20), "peak"),
     Bar("DPO step, 256 MiB for scores / TRL 1.16 compact", "own-roomy-dpo", "trl-1.16-compact", (0.30, 0.22)),
-    Bar("TDPO2 step / own DPO, 256 MiB for scores, interleaved", "own-roomy-tdpo2", "own-roomy-dpo", (1.05, 1.15), section="losses"),
+    Bar(
+        "TDPO2 step / own DPO, 256 MiB for scores, interleaved",
+        "own-roomy-tdpo2",
+        "own-roomy-dpo",
+        (1.05, 1.15),
+        section="losses",
+    ),
 )
 CUDA_SHAPES = ("llama-1b", "llama-1b-long", "smollm-135m")
 CUDA = (
@@ -89,7 +103,9 @@ def one_ratio(runs: list[dict], bar: Bar, shape: str, limit: float | None) -> di
 def ratios(runs: list[dict], device: str) -> list[dict]:
     "All ratios between contenders."
     bars, shapes = (CUDA, CUDA_SHAPES) if device == "cuda" else (CPU, ("32k", "128k"))
-    rows = [one_ratio(runs, bar, shape, limit) for bar in bars for shape, limit in [*zip(shapes, bar.bars), ("tiny", None)]]
+    rows = [
+        one_ratio(runs, bar, shape, limit) for bar in bars for shape, limit in [*zip(shapes, bar.bars), ("tiny", None)]
+    ]
     return [row for row in rows if row]
 
 
@@ -141,15 +157,24 @@ def agreement(runs: list[dict], tolerance: float) -> dict[str, dict]:
     for key, group in found.items():
         losses, gradients = [r["loss"] for r in group], [r["gradient"] for r in group]
         apart = max(max(abs(a - b) for a, b in zip(g, gradients[0])) / gradients[0][0] for g in gradients)
-        checks[key] = {"contenders": len(group), "loss": max(losses) - min(losses), "gradient": apart, "tolerance": tolerance,
-                       "agrees": max(losses) - min(losses) <= tolerance}
+        checks[key] = {
+            "contenders": len(group),
+            "loss": max(losses) - min(losses),
+            "gradient": apart,
+            "tolerance": tolerance,
+            "agrees": max(losses) - min(losses) <= tolerance,
+        }
     return checks
 
 
 def operations(shape: workloads.Shape, lengths) -> dict[str, float]:
     "Multiply-adds, times two, that a step cannot avoid: each token once, the head at response tokens, four products of it."
     kv = (shape.kv_heads or shape.heads) / shape.heads
-    weights = shape.layers * shape.hidden * (shape.hidden * (2 + 2 * kv) + (3 if shape.family == "llama" else 2) * shape.inner)
+    weights = (
+        shape.layers
+        * shape.hidden
+        * (shape.hidden * (2 + 2 * kv) + (3 if shape.family == "llama" else 2) * shape.inner)
+    )
     tokens, responses = sum(map(sum, lengths)), sum(c + r for _, c, r in lengths)
     seen = sum(p * (p + 1) / 2 + sum(n * p + n * (n + 1) / 2 for n in pair) for p, *pair in lengths)
     return {"body": 8 * weights * tokens, "attention": 16 * shape.layers * shape.hidden * seen,
@@ -163,14 +188,21 @@ def floors(runs: list[dict], rate: float) -> dict[str, dict]:
         shape = workloads.SHAPES[run["shape"]]
         parts = operations(shape, workloads.HH_LENGTHS[shape.pairs])
         floor = sum(parts.values()) / rate
-        out.setdefault(run["shape"], {**parts, "floor_s": floor})[f"share, {run['contender']}"] = floor / median(run["times"])
+        out.setdefault(run["shape"], {**parts, "floor_s": floor})[f"share, {run['contender']}"] = floor / median(
+            run["times"]
+        )
     return out
 
 
 def summary(runs: list[dict], rate: float, device: str) -> dict:
     "All that is said about the runs."
-    return {"agreement": agreement(runs, 1e-4 if device == "cpu" else 5e-2), "ratios": ratios(runs, device) + prompt_ratios(runs),
-            "head_workspace": head_workspace(runs, device), "token_slopes": token_slopes(runs), "floors": floors(runs, rate)}
+    return {
+        "agreement": agreement(runs, 1e-4 if device == "cpu" else 5e-2),
+        "ratios": ratios(runs, device) + prompt_ratios(runs),
+        "head_workspace": head_workspace(runs, device),
+        "token_slopes": token_slopes(runs),
+        "floors": floors(runs, rate),
+    }
 
 
 def peer_versions(peers: Path) -> dict[str, str]:
@@ -208,7 +240,9 @@ def text(result: dict) -> str:
     lines = [""]
     for key, c in result["agreement"].items():
         verdict = "agree" if c["agrees"] else "DISAGREE"
-        lines.append(f"{key}: {c['contenders']} losses within {c['loss']:.1e}, gradients within {c['gradient']:.1e}: {verdict}")
+        lines.append(
+            f"{key}: {c['contenders']} losses within {c['loss']:.1e}, gradients within {c['gradient']:.1e}: {verdict}"
+        )
     lines += _steps(result["runs"]) + ["", f"{'':52} {'shape':12} {'ratio':>7} {'quartiles':>15} {'bar':>7}"]
     for r in result["ratios"]:
         measured = f"{r['ratio']:7.3f} {r['low']:7.3f}-{r['high']:<7.3f}"
@@ -221,6 +255,11 @@ def text(result: dict) -> str:
         lines.append(f"peak per further response token, {label}, {r['shape']}: {r['mb_per_token']:.3f} MB {verdict}")
     for shape, f in result["floors"].items():
         shares = ", ".join(f"{k.removeprefix('share, ')} {v:.0%}" for k, v in f.items() if k.startswith("share"))
-        rate, wanted = f"{result['dense_rate'] / 1e9:.0f} GFLOP/s", " (bar 50%)" if result["config"]["device"] == "cuda" else ""
-        lines.append(f"{shape}: operations alone take {1000 * f['floor_s']:.0f} ms at {rate}; reached: {shares}{wanted}")
+        rate, wanted = (
+            f"{result['dense_rate'] / 1e9:.0f} GFLOP/s",
+            " (bar 50%)" if result["config"]["device"] == "cuda" else "",
+        )
+        lines.append(
+            f"{shape}: operations alone take {1000 * f['floor_s']:.0f} ms at {rate}; reached: {shares}{wanted}"
+        )
     return "\n".join(lines)

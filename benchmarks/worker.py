@@ -1,4 +1,5 @@
 """Run contenders in this process and print what was measured, in JSON: `python worker.py '{"contenders": [...], ...}'`."""
+
 import json
 import logging
 import os
@@ -10,13 +11,11 @@ if __name__ == "__main__":          # before torch reads them
     os.environ.setdefault("OMP_NUM_THREADS", str(SPEC["threads"]))
     warnings.filterwarnings("ignore")
 
+import measure  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
-
-import measure  # noqa: E402
 import workloads  # noqa: E402
 from contenders import CONTENDERS  # noqa: E402
-
 
 def warm_up(names: list[str], device: str, dtype: torch.dtype) -> None:
     "One step of each contender on a tiny model: libraries loaded, code paths seen, nothing of it left in memory."

@@ -15,14 +15,68 @@ from tokpref import PreferenceCollator
 # unshared and shared tokens. The 32 are drawn the same way, with SmolLM2's tokenizer. The 16 are longer pairs, drawn at random: prompts of
 # 60 to 320 tokens, chosen responses of 120 to 520, rejected ones of 80 to 480. The one of 2 is made up, for tests.
 HH_LENGTHS = {
-    32: ((171, 28, 19), (93, 12, 15), (36, 19, 42), (17, 45, 29), (23, 9, 13), (231, 85, 70), (35, 47, 20), (318, 38, 70),
-         (15, 25, 15), (179, 57, 152), (161, 13, 16), (120, 8, 39), (24, 17, 17), (168, 77, 56), (32, 31, 171), (80, 17, 60),
-         (74, 48, 23), (263, 34, 24), (301, 63, 26), (119, 148, 134), (389, 62, 52), (100, 15, 12), (40, 53, 25), (86, 58, 36),
-         (25, 43, 13), (39, 72, 75), (123, 22, 10), (23, 21, 18), (151, 12, 3), (130, 47, 74), (107, 38, 50), (35, 10, 91)),
-    16: ((257, 508, 295), (80, 252, 341), (308, 327, 235), (304, 303, 378), (171, 378, 151), (204, 191, 466), (108, 436, 208),
-         (135, 278, 130), (97, 470, 249), (301, 406, 131), (241, 342, 241), (164, 402, 324), (286, 386, 213), (91, 400, 87),
-         (107, 488, 284), (60, 433, 332)),
-    8: ((213, 82, 100), (89, 28, 3), (18, 23, 30), (265, 83, 36), (26, 22, 13), (103, 28, 16), (31, 60, 73), (174, 60, 29)),
+    32: (
+        (171, 28, 19),
+        (93, 12, 15),
+        (36, 19, 42),
+        (17, 45, 29),
+        (23, 9, 13),
+        (231, 85, 70),
+        (35, 47, 20),
+        (318, 38, 70),
+        (15, 25, 15),
+        (179, 57, 152),
+        (161, 13, 16),
+        (120, 8, 39),
+        (24, 17, 17),
+        (168, 77, 56),
+        (32, 31, 171),
+        (80, 17, 60),
+        (74, 48, 23),
+        (263, 34, 24),
+        (301, 63, 26),
+        (119, 148, 134),
+        (389, 62, 52),
+        (100, 15, 12),
+        (40, 53, 25),
+        (86, 58, 36),
+        (25, 43, 13),
+        (39, 72, 75),
+        (123, 22, 10),
+        (23, 21, 18),
+        (151, 12, 3),
+        (130, 47, 74),
+        (107, 38, 50),
+        (35, 10, 91),
+    ),
+    16: (
+        (257, 508, 295),
+        (80, 252, 341),
+        (308, 327, 235),
+        (304, 303, 378),
+        (171, 378, 151),
+        (204, 191, 466),
+        (108, 436, 208),
+        (135, 278, 130),
+        (97, 470, 249),
+        (301, 406, 131),
+        (241, 342, 241),
+        (164, 402, 324),
+        (286, 386, 213),
+        (91, 400, 87),
+        (107, 488, 284),
+        (60, 433, 332),
+    ),
+    8: (
+        (213, 82, 100),
+        (89, 28, 3),
+        (18, 23, 30),
+        (265, 83, 36),
+        (26, 22, 13),
+        (103, 28, 16),
+        (31, 60, 73),
+        (174, 60, 29),
+    ),
     4: ((106, 11, 38), (131, 72, 62), (200, 27, 88), (22, 15, 24)),
     2: ((9, 5, 3), (4, 2, 6)),
 }
@@ -65,14 +119,26 @@ def token_counts(lengths) -> dict[str, int]:
 
 def config_of(shape: Shape) -> PreTrainedConfig:
     "The transformers configuration of a shape; its random weights give scores that are far from uniform."
-    common = dict(vocab_size=shape.vocab, hidden_size=shape.hidden, num_hidden_layers=shape.layers, intermediate_size=shape.inner,
-                  num_attention_heads=shape.heads, max_position_embeddings=4096, tie_word_embeddings=shape.tied,
-                  initializer_range=0.5 / shape.hidden ** 0.5, bos_token_id=None, eos_token_id=1, pad_token_id=0)
+    common = dict(
+        vocab_size=shape.vocab,
+        hidden_size=shape.hidden,
+        num_hidden_layers=shape.layers,
+        intermediate_size=shape.inner,
+        num_attention_heads=shape.heads,
+        max_position_embeddings=4096,
+        tie_word_embeddings=shape.tied,
+        initializer_range=0.5 / shape.hidden**0.5,
+        bos_token_id=None,
+        eos_token_id=1,
+        pad_token_id=0,
+    )
     if shape.family == "neox": return GPTNeoXConfig(**common)
     return LlamaConfig(**common, num_key_value_heads=shape.kv_heads or shape.heads)
 
 
-def make_models(shape: Shape, seed: int, device: str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[nn.Module, nn.Module]:
+def make_models(
+    shape: Shape, seed: int, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> tuple[nn.Module, nn.Module]:
     "(policy, reference): the reference is the policy with a little noise on every weight, so that no statistic is zero."
     torch.manual_seed(seed)
     with torch.device(device):
@@ -95,7 +161,9 @@ def make_batch(lengths, vocab: int, seed: int, device: str = "cpu") -> dict[str,
 def save(folder: Path, name: str, models: tuple[nn.Module, nn.Module], batch: dict) -> Path:
     "Weights and batch to one file that every contender reads."
     path = folder / f"{name}.pt"
-    torch.save({"shape": name, "policy": models[0].state_dict(), "reference": models[1].state_dict(), "batch": batch}, path)
+    torch.save(
+        {"shape": name, "policy": models[0].state_dict(), "reference": models[1].state_dict(), "batch": batch}, path
+    )
     return path
 
 

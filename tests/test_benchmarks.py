@@ -1,4 +1,5 @@
 """The benchmark runs, its losses agree, and its table says what the raw times say. Nothing here judges how long a step takes."""
+
 import json
 import os
 import subprocess
@@ -26,7 +27,9 @@ def test_a_quick_run_measures_and_agrees(quick):
     result, printed = quick
     assert not result["failed"] and result["config"]["quick"]
     assert {"step", "losses", "head", "slope"} <= {run["section"] for run in result["runs"]}
-    assert result["agreement"] and all(check["agrees"] and check["gradient"] < 1e-5 for check in result["agreement"].values())
+    assert result["agreement"] and all(
+        check["agrees"] and check["gradient"] < 1e-5 for check in result["agreement"].values()
+    )
     assert "TDPO2, the released computation" in printed and str(ROOT) not in json.dumps(result)
 
 

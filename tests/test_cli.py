@@ -14,14 +14,28 @@ from tokpref.cli import main, read_yaml, train_settings
 
 PAIRS = [{"prompt": f"say {word} ", "chosen": word + "!", "rejected": other + ", never"}
          for word in ("yes", "no") for other in ("maybe", "but", "go")]
-STEP = ["--set", "max_steps=1", "--set", "use_cpu=true", "--set", "report_to=none", "--set", "disable_tqdm=true", "--set", "save_strategy=no"]
+STEP = [
+    "--set",
+    "max_steps=1",
+    "--set",
+    "use_cpu=true",
+    "--set",
+    "report_to=none",
+    "--set",
+    "disable_tqdm=true",
+    "--set",
+    "save_strategy=no",
+]
 
 
 @pytest.fixture
 def home(model, tokenizer, tmp_path):
     "A folder with a model in bfloat16, an adapter for it, and pairs."
     copy.deepcopy(model).to(torch.bfloat16).save_pretrained(tmp_path / "model")
-    adapter = get_peft_model(model, LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True, task_type="CAUSAL_LM", init_lora_weights=False))
+    adapter = get_peft_model(
+        model,
+        LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True, task_type="CAUSAL_LM", init_lora_weights=False),
+    )
     adapter.peft_config["default"].base_model_name_or_path = str(tmp_path / "model")
     adapter.save_pretrained(tmp_path / "adapter")
     for name in ("model", "adapter"): tokenizer.save_pretrained(tmp_path / name)
@@ -57,9 +71,23 @@ def settings(*argv):
 
 # Settings
 
-@pytest.mark.parametrize("text, value", [
-    ("3e-4", 3e-4), ("1E5", 1e5), ("-2.5e-1", -0.25), (".5e1", 5.0), ("[1e-3, x]", [1e-3, "x"]), ('"42"', "42"), ('"3e-4"', "3e-4"),
-    ("nan", "nan"), ("infinity", "infinity"), ("1e", "1e"), ("42", 42), ("{a: 3e-1}", {"a": 0.3})])
+@pytest.mark.parametrize(
+    "text, value",
+    [
+        ("3e-4", 3e-4),
+        ("1E5", 1e5),
+        ("-2.5e-1", -0.25),
+        (".5e1", 5.0),
+        ("[1e-3, x]", [1e-3, "x"]),
+        ('"42"', "42"),
+        ('"3e-4"', "3e-4"),
+        ("nan", "nan"),
+        ("infinity", "infinity"),
+        ("1e", "1e"),
+        ("42", 42),
+        ("{a: 3e-1}", {"a": 0.3}),
+    ],
+)
 def test_yaml_numbers(text, value):
     assert read_yaml(text) == value and type(read_yaml(text)) is type(value)
 
@@ -76,16 +104,26 @@ def test_a_setting_that_cannot_be_read(value, capsys):
 
 
 def test_no_is_a_strategy(tmp_path):
-    assert settings("--set", "save_strategy=no", "--set", "bf16=no")[1] == {"output_dir": "tokpref-output", "save_strategy": "no", "bf16": False}
+    assert settings("--set", "save_strategy=no", "--set", "bf16=no")[1] == {
+        "output_dir": "tokpref-output",
+        "save_strategy": "no",
+        "bf16": False,
+    }
     (tmp_path / "run.yaml").write_text("model: m\ndata: d\neval_strategy: no\n")
-    assert train_settings(cli.make_parser().parse_args(["train", str(tmp_path / "run.yaml")]))[1]["eval_strategy"] == "no"
+    assert (
+        train_settings(cli.make_parser().parse_args(["train", str(tmp_path / "run.yaml")]))[1]["eval_strategy"] == "no"
+    )
 
 
 def test_a_flag_that_is_not_given_leaves_the_file_alone(tmp_path):
     (tmp_path / "run.yaml").write_text("model: m\ndata: d\nas_messages: true\ndata_dir: harmless-base\n")
     load = train_settings(cli.make_parser().parse_args(["train", str(tmp_path / "run.yaml")]))[0]
     assert load["as_messages"] is True and load["data_dir"] == "harmless-base" and load["config_name"] is None
-    assert settings("--as-messages", "--config-name", "c")[0] | {"model": None} == load | {"model": None, "data_dir": None, "config_name": "c"}
+    assert settings("--as-messages", "--config-name", "c")[0] | {"model": None} == load | {
+        "model": None,
+        "data_dir": None,
+        "config_name": "c",
+    }
 
 
 # Train
@@ -98,11 +136,26 @@ def test_models_are_trained_and_compared_in_float32(run, home, made):
 def test_an_adapter_is_trained_on(run, home, made):
     code, text = run("train", "--model", home / "adapter", "--output", home / "out", *STEP)
     assert code == 0 and (home / "out" / "adapter_config.json").exists(), text
-    assert not made[0].adapter_off and made[0].ref_model is not None and {p.dtype for p in made[0].model.parameters()} == {torch.float32}
+    assert (
+        not made[0].adapter_off
+        and made[0].ref_model is not None
+        and {p.dtype for p in made[0].model.parameters()} == {torch.float32}
+    )
 
 
 def test_held_out_pairs_are_measured_once_an_epoch_unless_asked_otherwise(run, home, made):
-    pairs = ("train", "--model", home / "model", "--eval-data", home / "pairs.jsonl", "--eval-split", "train", "--output", home / "out", *STEP)
+    pairs = (
+        "train",
+        "--model",
+        home / "model",
+        "--eval-data",
+        home / "pairs.jsonl",
+        "--eval-split",
+        "train",
+        "--output",
+        home / "out",
+        *STEP,
+    )
     for more, when in (((), "epoch"), (("--set", "eval_steps=5"), "steps"), (("--set", "eval_strategy=no"), "no")):
         code, text = run(*pairs, *more)
         assert code == 0 and re.search(r"^eval_rewards/margins +\S+$", text, re.M), text
@@ -113,7 +166,21 @@ def test_held_out_pairs_are_measured_once_an_epoch_unless_asked_otherwise(run, h
 def test_adpo_says_how_to_give_its_window(run, home):
     code, text = run("train", "--model", home / "model", "--loss", "adpo", "--output", home / "out", *STEP)
     assert code == 2 and "--set 'loss_options={window: 4}'" in text
-    assert run("train", "--model", home / "model", "--loss", "adpo", "--set", "loss_options={window: 4}", "--output", home / "out", *STEP)[0] == 0
+    assert (
+        run(
+            "train",
+            "--model",
+            home / "model",
+            "--loss",
+            "adpo",
+            "--set",
+            "loss_options={window: 4}",
+            "--output",
+            home / "out",
+            *STEP,
+        )[0]
+        == 0
+    )
 
 
 def test_two_ways_to_resume_are_one_too_many(run, home):
@@ -175,11 +242,15 @@ def test_adpo_is_evaluated(run, home):
 def test_tbpo_q_is_evaluated_with_its_head(run, home):
     more = "--set", "baseline_learning_rate=1.0", *STEP, "--set", "max_steps=3"
     assert run("train", "--model", home / "model", "--loss", "tbpo_q", "--output", home / "out", *more)[0] == 0
-    code, text = run("evaluate", "--model", home / "out", "--ref", home / "model", "--split", "train", "--loss", "tbpo_q")
+    code, text = run(
+        "evaluate", "--model", home / "out", "--ref", home / "model", "--split", "train", "--loss", "tbpo_q"
+    )
     assert code == 0, text
     head = training.load_baseline_head(home / "out")
     assert head.layers[-1].weight.abs().max() > 0
-    code, text = run("evaluate", "--model", home / "model", "--ref", home / "model", "--split", "train", "--loss", "tbpo_q")
+    code, text = run(
+        "evaluate", "--model", home / "model", "--ref", home / "model", "--split", "train", "--loss", "tbpo_q"
+    )
     assert code == 2 and "model holds no baseline_head.safetensors" in text
 
 
@@ -189,7 +260,10 @@ def test_data_and_evaluate_cut_as_the_trainer_does(run, home):
     for limit in ("5", "2000"):
         code, text = run("evaluate", "--model", home / "adapter", "--split", "train", "--max-prompt-length", limit)
         assert (code == 0) == (limit == "5"), text
-    assert "truncated prompt" in run("evaluate", "--model", home / "adapter", "--split", "train", "--max-prompt-length", "5")[1]
+    assert (
+        "truncated prompt"
+        in run("evaluate", "--model", home / "adapter", "--split", "train", "--max-prompt-length", "5")[1]
+    )
 
 
 def test_the_data_options_reach_the_data(run, home, monkeypatch):
@@ -199,7 +273,11 @@ def test_the_data_options_reach_the_data(run, home, monkeypatch):
         raise ValueError("seen")
     monkeypatch.setattr("tokpref.data.load_preferences", load)
     options = "--config-name", "c", "--data-dir", "d", "--as-messages"
-    for command in (("data", "--tokenizer", home / "model"), ("evaluate", "--model", home / "adapter"), ("train", "--model", home / "model")):
+    for command in (
+        ("data", "--tokenizer", home / "model"),
+        ("evaluate", "--model", home / "adapter"),
+        ("train", "--model", home / "model"),
+    ):
         run(*command, *options, "--split", "train[:5]")
         assert seen.pop()[1:] == ("train[:5]", "c", "d", True)
 
@@ -208,16 +286,35 @@ def test_held_out_pairs_of_another_source_have_a_layout_of_their_own(run, home, 
     seen = []
     monkeypatch.setattr("tokpref.data.load_preferences", lambda source, *rest: seen.append(rest) or PAIRS)
     for more, layout in (((), ("c", "d", True)), (("--eval-data", "other"), (None, None, True))):
-        assert run("train", "--model", home / "model", "--config-name", "c", "--data-dir", "d", "--as-messages", "--eval-split", "test", *more,
-                   "--output", home / "out", *STEP)[0] == 0
+        assert (
+            run(
+                "train",
+                "--model",
+                home / "model",
+                "--config-name",
+                "c",
+                "--data-dir",
+                "d",
+                "--as-messages",
+                "--eval-split",
+                "test",
+                *more,
+                "--output",
+                home / "out",
+                *STEP,
+            )[0]
+            == 0
+        )
         assert seen == [("train", "c", "d", True), ("test", *layout)]
         seen.clear()
 
 
 def test_arguments_of_the_chat_template(run, home, tokenizer):
     tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.chat_template = ("{% for m in messages %}{% if m.role == 'assistant' %}{{ header }}{% endif %}{{ m.content }}{% endfor %}"
-                               "{% if add_generation_prompt %}{{ header }}{% endif %}")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}{{ header }}{% endif %}{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ header }}{% endif %}"
+    )
     tokenizer.save_pretrained(home / "model")
     code, text = run("data", "--tokenizer", home / "model", "--as-messages", "--chat-template-kwargs", "{header: '0:'}")
     assert code == 0 and "s|0|:" in text, text

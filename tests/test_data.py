@@ -22,12 +22,18 @@ from tokpref.data.prepare import encode_batch
 from tokpref.data.tokens import continue_ids
 
 disable_progress_bars()
-WORDS = ["The sky is blue and the sea is green.", "What is the answer? The answer is 42.",
-         "Question: how many?\nAnswer: three of them.", "\n\nHuman: tell me about the sea\n\nAssistant: I would say it is deep"]
+WORDS = [
+    "The sky is blue and the sea is green.",
+    "What is the answer? The answer is 42.",
+    "Question: how many?\nAnswer: three of them.",
+    "\n\nHuman: tell me about the sea\n\nAssistant: I would say it is deep",
+]
 TEMPLATE = ("{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<eos>\n{% endfor %}"
             "{% if add_generation_prompt %}<|assistant|>{% endif %}")
 ROOT = Path(os.environ.get("TOKPREF_DATA") or Path(__file__).parents[2] / "shared" / "data")
-needs_data = pytest.mark.skipif(not (ROOT / "Anthropic/hh-rlhf").is_dir(), reason="the real data are not here: set TOKPREF_DATA")
+needs_data = pytest.mark.skipif(
+    not (ROOT / "Anthropic/hh-rlhf").is_dir(), reason="the real data are not here: set TOKPREF_DATA"
+)
 
 
 @pytest.fixture(scope="module")
@@ -73,15 +79,22 @@ def test_truncation_invariants(tokenizer, max_length, max_prompt_length):
         assert row["cut"][0] == len(full["prompt_ids"]) - len(row["prompt_ids"])
         for k, side in enumerate(("chosen_ids", "rejected_ids"), start=1):
             assert row[side][-1] == tokenizer.eos_token_id and len(row["prompt_ids"]) + len(row[side]) <= max_length
-            assert row[side][:-1] == full[side][:len(row[side]) - 1] and row["cut"][k] == len(full[side]) - len(row[side])
+            assert row[side][:-1] == full[side][: len(row[side]) - 1] and row["cut"][k] == len(full[side]) - len(
+                row[side]
+            )
     assert report.truncated["prompt"] == sum(c[0] > 0 for c in prepared["cut"])
 
 
 def test_prompt_gives_way_only_to_half(tokenizer):
-    (row,), _ = prepare([dict(prompt="The sky is blue" * 20, chosen=" green" * 30, rejected=" no")], tokenizer, max_length=20)
+    (row,), _ = prepare(
+        [dict(prompt="The sky is blue" * 20, chosen=" green" * 30, rejected=" no")], tokenizer, max_length=20
+    )
     assert len(row["prompt_ids"]) == 10 and len(row["chosen_ids"]) == 10
     (row,), _ = prepare([dict(prompt="The sky is blue" * 20, chosen=" yes", rejected=" no")], tokenizer, max_length=20)
-    assert len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) == 20 and row["cut"][1:] == [0, 0]
+    assert len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) == 20 and row["cut"][1:] == [
+        0,
+        0,
+    ]
 
 
 def test_processes_change_nothing(tokenizer):
@@ -97,15 +110,25 @@ def test_errors_cross_processes(tokenizer):
 
 
 def test_batches_of_only_bad_rows(tokenizer):
-    rows = [dict(prompt="", chosen="a", rejected="b")] * 501 + some_rows(3)     # the first batch of the map has no good row
+    rows = [dict(prompt="", chosen="a", rejected="b")] * 501 + some_rows(
+        3
+    )  # the first batch of the map has no good row
     prepared, report = prepare(rows, tokenizer)
     assert list(prepared["row"]) == [501, 502, 503] and report.dropped == {"empty prompt": 501}
     assert report.dropped_rows["empty prompt"] == [0, 1, 2, 3, 4] and "rows 0, 1, 2, 3, 4, ..." in str(report)
 
 
 def test_null_cells_are_empty_responses(tokenizer):
-    for rows in (some_rows(2), [dict(prompt=[dict(role="user", content="a")], chosen=[dict(role="assistant", content="b")],
-                                     rejected=[dict(role="assistant", content="c")])]):
+    for rows in (
+        some_rows(2),
+        [
+            dict(
+                prompt=[dict(role="user", content="a")],
+                chosen=[dict(role="assistant", content="b")],
+                rejected=[dict(role="assistant", content="c")],
+            )
+        ],
+    ):
         _, report = prepare(rows + [rows[0] | dict(rejected=None)], tokenizer)
         assert report.dropped == {"empty rejected": 1} and report.kept == len(rows)
 
@@ -157,36 +180,56 @@ def test_several_turns(tokenizer):
 
 def test_a_user_turn_is_never_scored(tokenizer):
     user, reply = dict(role="user", content="What is the sky?"), lambda text: dict(role="assistant", content=text)
-    late = {side: [user, reply("It is blue."), user, reply(text)] for side, text in (("chosen", "The sea."), ("rejected", "It is green."))}
-    early = {side: [user, reply(text), user, reply("It is 42.")] for side, text in (("chosen", "The sea."), ("rejected", "It is green."))}
-    rows, report = prepare([dict(late, prompt=None), early, dict(prompt=[user], chosen=[reply("a")], rejected=[reply("b"), user])], tokenizer)
+    late = {
+        side: [user, reply("It is blue."), user, reply(text)]
+        for side, text in (("chosen", "The sea."), ("rejected", "It is green."))
+    }
+    early = {
+        side: [user, reply(text), user, reply("It is 42.")]
+        for side, text in (("chosen", "The sea."), ("rejected", "It is green."))
+    }
+    rows, report = prepare(
+        [dict(late, prompt=None), early, dict(prompt=[user], chosen=[reply("a")], rejected=[reply("b"), user])],
+        tokenizer,
+    )
     assert rows["row"] == [0] and report.dropped == {"user turn in chosen": 1, "user turn in rejected": 1}
-    with pytest.raises(ValueError, match="row 1: user turn in chosen"): prepare([late, early], tokenizer, on_bad_row="raise")
+    with pytest.raises(ValueError, match="row 1: user turn in chosen"):
+        prepare([late, early], tokenizer, on_bad_row="raise")
 
 
 def test_messages_beside_text_are_refused(tokenizer):
     row = dict(prompt=[dict(role="user", content="What is the sky?")], chosen="It is blue.", rejected="It is green.")
-    with pytest.raises(TypeError, match="row 0: prompt is chat messages and the responses are text: use one format"): prepare([row], tokenizer)
+    with pytest.raises(TypeError, match="row 0: prompt is chat messages and the responses are text: use one format"):
+        prepare([row], tokenizer)
     good = dict(row, chosen=[dict(role="assistant", content="a")], rejected=[dict(role="assistant", content="b")])
-    assert prepare([good, dict(good, chosen=None), dict(good, chosen=None, rejected=None)], tokenizer)[1].dropped == {"empty chosen": 2}
+    assert prepare([good, dict(good, chosen=None), dict(good, chosen=None, rejected=None)], tokenizer)[1].dropped == {
+        "empty chosen": 2
+    }
 
 
 def test_tools_reach_the_template(tokenizer):
     knows = deepcopy(tokenizer)
     knows.chat_template = "{% if tools %}{{ tools | tojson }}{% endif %}" + TEMPLATE
-    schema = lambda name, **fields: dict(type="function", function=dict(name=name, parameters=dict(type="object", properties=fields)))
+    schema = lambda name, **fields: dict(
+        type="function", function=dict(name=name, parameters=dict(type="object", properties=fields))
+    )
     city, number = schema("sea", city=dict(type="string")), schema("answer", number=dict(type="integer"))
     say = lambda role, content: [dict(role=role, content=content)]
     pair = dict(prompt=say("user", "x"), chosen=say("assistant", "a"), rejected=say("assistant", "b"))
-    for stored in (lambda tools: tools, json.dumps):        # as Arrow structs, and as text
-        rows, _ = prepare([dict(pair, tools=stored([city])), dict(pair, tools=stored([number])), dict(pair, tools=None)], knows)
+    for stored in (lambda tools: tools, json.dumps):  # as Arrow structs, and as text
+        rows, _ = prepare(
+            [dict(pair, tools=stored([city])), dict(pair, tools=stored([number])), dict(pair, tools=None)], knows
+        )
         prompts = [knows.decode(row["prompt_ids"]) for row in rows]
         for tools, prompt in zip(([city], [number], None), prompts):
-            assert prompt == knows.apply_chat_template(pair["prompt"], tools=tools, tokenize=False, add_generation_prompt=True)
+            assert prompt == knows.apply_chat_template(
+                pair["prompt"], tools=tools, tokenize=False, add_generation_prompt=True
+            )
     assert "tools" not in rows.column_names
     shared, _ = prepare([pair, dict(pair)], knows, chat_template_kwargs={"tools": [city]})
     assert knows.decode(shared[0]["prompt_ids"]) == prompts[0]
-    with pytest.raises(ValueError, match="row 0: tools is text, but not the JSON"): prepare([dict(pair, tools="[broken")], knows)
+    with pytest.raises(ValueError, match="row 0: tools is text, but not the JSON"):
+        prepare([dict(pair, tools="[broken")], knows)
 
 
 def test_template_arguments_without_a_template_are_refused(tokenizer):
@@ -210,14 +253,23 @@ def test_a_question_as_text_stays_beside_an_answer_of_several_messages(tokenizer
     (ready,), _ = prepare([row], tokenizer)
     assert tokenizer.decode(ready["prompt_ids"]) == "<|user|>What is the sky?<eos>\n<|assistant|>"
     answer = "I look.<eos>\n<|tool|>blue<eos>\n<|assistant|>It is blue.<eos>"
-    assert tokenizer.decode(ready["chosen_ids"]) == answer and tokenizer.decode(ready["rejected_ids"]) == "It is green.<eos>"
+    assert (
+        tokenizer.decode(ready["chosen_ids"]) == answer
+        and tokenizer.decode(ready["rejected_ids"]) == "It is green.<eos>"
+    )
     (other,), _ = prepare([dict(row, chosen=row["rejected"], rejected=steps)], tokenizer)
     assert other["prompt_ids"] == ready["prompt_ids"] and other["rejected_ids"] == ready["chosen_ids"]
     whole = [say("system", "Be short."), say("user", " What is the sky?\n")]
     (again,), _ = prepare([dict(row, **{side: whole + row[side] for side in ("chosen", "rejected")})], tokenizer)
-    assert tokenizer.decode(again["prompt_ids"]).count("What is the sky?") == 1 and again["chosen_ids"] == ready["chosen_ids"]
+    assert (
+        tokenizer.decode(again["prompt_ids"]).count("What is the sky?") == 1
+        and again["chosen_ids"] == ready["chosen_ids"]
+    )
     with pytest.raises(ValueError, match="row 0: prompt is text, but not a user turn of the conversations"):
-        prepare([dict(row, prompt="What is the sea?", **{side: whole + row[side] for side in ("chosen", "rejected")})], tokenizer)
+        prepare(
+            [dict(row, prompt="What is the sea?", **{side: whole + row[side] for side in ("chosen", "rejected")})],
+            tokenizer,
+        )
 
 
 def spaced_tokenizer(kind):
@@ -229,7 +281,10 @@ def spaced_tokenizer(kind):
     elif kind == "bytes":
         bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=True), decoders.ByteLevel()
     else:
-        bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.Metaspace(prepend_scheme=kind), decoders.Metaspace(prepend_scheme=kind)
+        bpe.pre_tokenizer, bpe.decoder = (
+            pre_tokenizers.Metaspace(prepend_scheme=kind),
+            decoders.Metaspace(prepend_scheme=kind),
+        )
     alphabet = pre_tokenizers.ByteLevel.alphabet() if kind == "bytes" else list("▁\n:()<|>abcdefghijklmnopqrstuvwxyz")
     bpe.train_from_iterator(WORDS * 3, trainers.BpeTrainer(
         vocab_size=400, special_tokens=["<unk>", "<eos>"], initial_alphabet=alphabet, show_progress=False))
@@ -241,14 +296,22 @@ def spaced_tokenizer(kind):
 
 @pytest.mark.parametrize("kind", ["always", "first", "never", "legacy", "bytes"])
 def test_no_space_comes_in_between_prompt_and_response(tokenizer, kind):
-    texts = [("answer:", " three"), ("answer: ", "three"), ("What is (", "the sea)"), ("sea\n", "is deep"), ("sea", "\n\nis")]
+    texts = [
+        ("answer:", " three"),
+        ("answer: ", "three"),
+        ("What is (", "the sea)"),
+        ("sea\n", "is deep"),
+        ("sea", "\n\nis"),
+    ]
     for each in (spaced_tokenizer(kind), tokenizer):
         lead = " " if each.decode(each("a", add_special_tokens=False)["input_ids"]) == " a" else ""
         for prompt, response in texts:
             (row,), _ = prepare([dict(prompt=prompt, chosen=response, rejected=" other")], each)
             assert each.decode(row["prompt_ids"] + row["chosen_ids"]) == lead + prompt + response + "<eos>"
         say = lambda role, content: [dict(role=role, content=content)]
-        chat = dict(prompt=say("user", "What is the sea?"), chosen=say("assistant", "deep"), rejected=say("assistant", "blue"))
+        chat = dict(
+            prompt=say("user", "What is the sea?"), chosen=say("assistant", "deep"), rejected=say("assistant", "blue")
+        )
         (row,), _ = prepare([chat], each)
         whole = each.apply_chat_template(chat["prompt"] + chat["chosen"], tokenize=False)
         assert each.decode(row["prompt_ids"] + row["chosen_ids"]) == lead + whole.removesuffix("<eos>\n") + "<eos>"
@@ -275,16 +338,22 @@ def test_function_calls_are_content_and_keep_their_own_arguments(tokenizer, tmp_
                            "{% if add_generation_prompt %}<|assistant|>{% endif %}")
     call = lambda **arguments: dict(type="function", function=dict(name="look", arguments=arguments))
     answer = lambda **fields: [dict(role="assistant", **fields)]
-    rows = [dict(prompt="When?", chosen=answer(tool_calls=[call(year=1)]), rejected=answer(content="Now.")),
-            dict(prompt="Where?", chosen=answer(tool_calls=[call(city="x")], content=None), rejected=answer(content="Here.")),
-            dict(prompt="Who?", chosen=answer(content="Me."), rejected=answer(content="I.", tool_calls=[call(city="y")]))]
+    rows = [
+        dict(prompt="When?", chosen=answer(tool_calls=[call(year=1)]), rejected=answer(content="Now.")),
+        dict(
+            prompt="Where?", chosen=answer(tool_calls=[call(city="x")], content=None), rejected=answer(content="Here.")
+        ),
+        dict(prompt="Who?", chosen=answer(content="Me."), rejected=answer(content="I.", tool_calls=[call(city="y")])),
+    ]
     (tmp_path / "calls.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for given in (rows, Dataset.from_list(rows), load_preferences(tmp_path / "calls.jsonl")):
         prepared, report = prepare(given, knows)
         assert report.kept == 3
         for row, ready in zip(rows, prepared):
             for side in ("chosen", "rejected"):
-                whole = knows.apply_chat_template([dict(role="user", content=row["prompt"]), *row[side]], tokenize=False)
+                whole = knows.apply_chat_template(
+                    [dict(role="user", content=row["prompt"]), *row[side]], tokenize=False
+                )
                 assert knows.decode(ready["prompt_ids"] + ready[f"{side}_ids"]) == whole.removesuffix("\n")
     nothing = rows + [dict(rows[0], chosen=answer(content="", tool_calls=[]))]
     assert prepare(nothing, knows)[1].dropped == {"empty chosen": 1}
@@ -301,8 +370,15 @@ def test_a_null_that_somebody_wrote_stays(tokenizer):
             assert knows.decode(ready["prompt_ids"]).startswith(json.dumps(row["tools"]))
 
 
-@pytest.mark.parametrize("wrong,words", [([None], "a message of chosen is no dictionary"), ([{"content": "a"}], "with a role"),
-                                         ({"content": "a"}, "chosen is a dict"), ("a", "use one format")])
+@pytest.mark.parametrize(
+    "wrong,words",
+    [
+        ([None], "a message of chosen is no dictionary"),
+        ([{"content": "a"}], "with a role"),
+        ({"content": "a"}, "chosen is a dict"),
+        ("a", "use one format"),
+    ],
+)
 def test_rows_of_another_shape_are_named(tokenizer, wrong, words):
     say = lambda role, content: [dict(role=role, content=content)]
     good = dict(prompt=say("user", "x"), chosen=say("assistant", "a"), rejected=say("assistant", "b"))
@@ -323,7 +399,8 @@ def test_a_format_of_the_dataset_changes_nothing(tokenizer, form):
 
 
 def test_max_length_is_a_number(tokenizer):
-    with pytest.raises(TypeError, match="max_length must be a number of tokens, got None"): prepare(some_rows(1), tokenizer, None)
+    with pytest.raises(TypeError, match="max_length must be a number of tokens, got None"):
+        prepare(some_rows(1), tokenizer, None)
 
 
 # collation
@@ -336,7 +413,11 @@ def test_what_the_mask_keeps_is_the_response(tokenizer, side, multiple):
     prompts = list(prepared["prompt_ids"]) * 2
     masks = batch["attention_mask"].bool(), batch["completion_mask"].bool()
     for ids, there, scored, prompt, response in zip(batch["input_ids"], *masks, prompts, responses):
-        assert ids[scored].tolist() == response and ids[there].tolist() == prompt + response and not (scored & ~there).any()
+        assert (
+            ids[scored].tolist() == response
+            and ids[there].tolist() == prompt + response
+            and not (scored & ~there).any()
+        )
         assert (there[0] or side == "left") and (there[-1] or side == "right")
     assert multiple is None or batch["input_ids"].shape[1] % multiple == 0
     assert batch["row"].tolist() == list(range(6)) and "weights" not in batch and "ref_logps" not in batch
@@ -353,7 +434,10 @@ def test_loader_with_workers(tokenizer):
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_ref_logps_are_left_aligned(tokenizer, side):
     prepared, _ = prepare(some_rows(3), tokenizer)
-    values = {part: [[-1.0 - i for i in range(len(ids))] for ids in prepared[f"{part}_ids"]] for part in ("chosen", "rejected")}
+    values = {
+        part: [[-1.0 - i for i in range(len(ids))] for ids in prepared[f"{part}_ids"]]
+        for part in ("chosen", "rejected")
+    }
     rows = [row | {f"{part}_ref_logps": values[part][i] for part in values} for i, row in enumerate(prepared)]
     ref_logps = PreferenceCollator(0, side, pad_to_multiple_of=16)(rows)["ref_logps"]
     expected = values["chosen"] + values["rejected"]
@@ -373,8 +457,10 @@ def test_the_engine_reads_the_batch(tokenizer):
     torch.manual_seed(0)
     model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_positions=64, n_layer=1, n_head=2, n_embd=8,
                                        bos_token_id=0, eos_token_id=0)).eval()
-    right, left = (stats.token_stats(model, model, PreferenceCollator(tokenizer.pad_token_id, side)(list(prepared)), kl=False)
-                   for side in ("right", "left"))
+    right, left = (
+        stats.token_stats(model, model, PreferenceCollator(tokenizer.pad_token_id, side)(list(prepared)), kl=False)
+        for side in ("right", "left")
+    )
     for a, b, name in zip(right, left, ("chosen_ids", "rejected_ids")):
         assert a.lengths.tolist() == [len(ids) for ids in prepared[name]]
         torch.testing.assert_close(a.logps, b.logps)
@@ -421,28 +507,42 @@ def test_unreachable_and_broken_sources_are_one_line(tmp_path, no_hub):
     (tmp_path / "broken.jsonl").write_text('{"chosen": "a", \n')
     DatasetDict(train=Dataset.from_list(some_rows(2))).save_to_disk(tmp_path / "saved")
     for call, error, words in (
-            (lambda: load_texts("nobody/nothing"), FileNotFoundError, "set TOKPREF_DATA to a directory that holds it, or go"),
-            (lambda: load_texts("tdlr"), FileNotFoundError, "did you mean 'tldr'"),
-            (lambda: load_texts("./no/such/folder"), (FileNotFoundError, ValueError), "no/such/folder"),
-            (lambda: load_texts(tmp_path / "none.jsonl"), FileNotFoundError, "no file"),
-            (lambda: load_texts(tmp_path / "broken.jsonl"), ValueError, "broken.jsonl"),
-            (lambda: load_texts(tmp_path / "saved", "test"), ValueError, "no split 'test' in"),
-            (lambda: load_texts(tmp_path, data_dir="inside"), ValueError, "no folder 'inside'"),
-            (lambda: load_texts(tmp_path / "broken.jsonl", config="main"), ValueError, "config='main' would be ignored"),
-            (lambda: load_preferences("imdb"), (FileNotFoundError, ValueError), "imdb")):
+        (
+            lambda: load_texts("nobody/nothing"),
+            FileNotFoundError,
+            "set TOKPREF_DATA to a directory that holds it, or go",
+        ),
+        (lambda: load_texts("tdlr"), FileNotFoundError, "did you mean 'tldr'"),
+        (lambda: load_texts("./no/such/folder"), (FileNotFoundError, ValueError), "no/such/folder"),
+        (lambda: load_texts(tmp_path / "none.jsonl"), FileNotFoundError, "no file"),
+        (lambda: load_texts(tmp_path / "broken.jsonl"), ValueError, "broken.jsonl"),
+        (lambda: load_texts(tmp_path / "saved", "test"), ValueError, "no split 'test' in"),
+        (lambda: load_texts(tmp_path, data_dir="inside"), ValueError, "no folder 'inside'"),
+        (lambda: load_texts(tmp_path / "broken.jsonl", config="main"), ValueError, "config='main' would be ignored"),
+        (lambda: load_preferences("imdb"), (FileNotFoundError, ValueError), "imdb"),
+    ):
         with pytest.raises(error, match=words) as caught: call()
         assert "\n" not in str(caught.value)
 
 
 def test_a_gated_set_says_so(monkeypatch, no_hub):
-    def refuse(*args, **kwargs): raise DatasetNotFoundError("Dataset 'a/b' is a gated dataset on the Hub. You must be authenticated.\nMore lines.")
+    def refuse(*args, **kwargs):
+        raise DatasetNotFoundError(
+            "Dataset 'a/b' is a gated dataset on the Hub. You must be authenticated.\nMore lines."
+        )
+
     monkeypatch.setattr("tokpref.data.sources.load_dataset", refuse)
-    with pytest.raises(FileNotFoundError, match="is a gated dataset on the Hub.*log in with `hf auth login`") as caught: load_texts("a/b")
+    with pytest.raises(FileNotFoundError, match="is a gated dataset on the Hub.*log in with `hf auth login`") as caught:
+        load_texts("a/b")
     assert "\n" not in str(caught.value) and "More" not in str(caught.value)
 
 
 def test_a_chat_set_of_the_hub(tmp_path, tokenizer, no_hub, monkeypatch):
-    user, good, bad = dict(role="user", content="a?"), dict(role="assistant", content="b"), dict(role="assistant", content="c")
+    user, good, bad = (
+        dict(role="user", content="a?"),
+        dict(role="assistant", content="b"),
+        dict(role="assistant", content="c"),
+    )
     row = dict(prompt="a?", prompt_id="1", chosen=[user, good], rejected=[user, bad], messages=[user, good],
                score_chosen=1.0, score_rejected=0.0)
     folder = tmp_path / "HuggingFaceH4/ultrafeedback_binarized/data"
@@ -453,7 +553,9 @@ def test_a_chat_set_of_the_hub(tmp_path, tokenizer, no_hub, monkeypatch):
     monkeypatch.setenv("TOKPREF_DATA", str(tmp_path))
     loaded = load_preferences("ultrafeedback", "train")
     assert loaded.to_list() == [dict(prompt=[user], chosen=[good], rejected=[bad])]
-    raw = load_preferences(folder / "train_prefs-00000-of-00001.parquet")       # the prompt as text beside whole conversations
+    raw = load_preferences(
+        folder / "train_prefs-00000-of-00001.parquet"
+    )  # the prompt as text beside whole conversations
     assert prepare(raw, tokenizer)[0][0] == prepare(loaded, tokenizer)[0][0]
 
 
@@ -463,7 +565,9 @@ def test_edited_converter_is_not_served_from_cache(tmp_path, no_hub, monkeypatch
     for word in ("one", "two"):
         source = tmp_path / word / "convert_of_this_test.py"
         source.parent.mkdir()
-        source.write_text(f"def convert(row): return dict(prompt={word!r}, chosen=row['chosen'], rejected=row['rejected'])\n")
+        source.write_text(
+            f"def convert(row): return dict(prompt={word!r}, chosen=row['chosen'], rejected=row['rejected'])\n"
+        )
         spec = importlib.util.spec_from_file_location(source.stem, source)
         module = importlib.util.module_from_spec(spec)
         monkeypatch.setitem(sys.modules, source.stem, module)
@@ -474,7 +578,8 @@ def test_edited_converter_is_not_served_from_cache(tmp_path, no_hub, monkeypatch
 
 def test_an_empty_file_is_one_line(tmp_path, no_hub):
     (tmp_path / "empty.jsonl").write_text("")
-    with pytest.raises(ValueError, match="empty.jsonl, split 'train': the file has no rows"): load_texts(tmp_path / "empty.jsonl")
+    with pytest.raises(ValueError, match="empty.jsonl, split 'train': the file has no rows"):
+        load_texts(tmp_path / "empty.jsonl")
 
 
 def test_a_split_is_a_whole_word_of_a_file_name(tmp_path, no_hub):
@@ -519,7 +624,9 @@ def test_real_preferences(monkeypatch, tokenizer, source, split, rows, as_messag
 def test_hh_odd_rows(monkeypatch, tokenizer):
     monkeypatch.setenv("TOKPREF_DATA", str(ROOT))
     raw, loaded = load_texts("hh", "test"), load_preferences("hh", "test")
-    same = all(row["prompt"] + row[side] == whole[side] for row, whole in zip(loaded, raw) for side in ("chosen", "rejected"))
+    same = all(
+        row["prompt"] + row[side] == whole[side] for row, whole in zip(loaded, raw) for side in ("chosen", "rejected")
+    )
     ends = all(row["prompt"].endswith("\n\nAssistant:") for row in loaded)
     turns = all("\n\nHuman:" not in row[side] for row in loaded for side in ("chosen", "rejected"))
     assert same and ends and turns
@@ -531,12 +638,18 @@ def test_hh_odd_rows(monkeypatch, tokenizer):
 @needs_data
 def test_real_texts(monkeypatch):
     monkeypatch.setenv("TOKPREF_DATA", str(ROOT))
-    assert [len(load_texts("stanfordnlp/imdb", split)) for split in ("train", "test", "unsupervised")] == [25000, 25000, 50000]
+    assert [len(load_texts("stanfordnlp/imdb", split)) for split in ("train", "test", "unsupervised")] == [
+        25000,
+        25000,
+        50000,
+    ]
     assert len(load_texts("gsm8k", "test")) == 1319
     assert set(load_texts("gsm8k", "train[:1]").column_names) == {"question", "answer"}
 
 
 def test_describe_row_shows_both_ends(tokenizer):
-    (row,), _ = prepare([dict(prompt="The sky is blue " * 40, chosen=" yes", rejected=" no")], tokenizer, max_length=100)
+    (row,), _ = prepare(
+        [dict(prompt="The sky is blue " * 40, chosen=" yes", rejected=" no")], tokenizer, max_length=100
+    )
     text = describe_row(row, tokenizer, most=10)
     assert "more …" in text and "cut from its start" in text and text.count("<eos>") == 2

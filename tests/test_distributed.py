@@ -23,7 +23,15 @@ def train(out: Path, processes: int) -> dict:
     "Weights and evaluation of each run after a few steps of four pairs, by so many processes."
     command = [str(WORKER), str(out), str(4 // processes)]
     if processes > 1:
-        command = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", str(free_port()), *command]
+        command = [
+            "-m",
+            "torch.distributed.run",
+            "--nproc-per-node",
+            str(processes),
+            "--master-port",
+            str(free_port()),
+            *command,
+        ]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([sys.executable, *command], env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -35,4 +43,5 @@ def test_two_processes_equal_one(tmp_path):
     one, two = train(tmp_path / "one.pt", 1), train(tmp_path / "two.pt", 2)
     for run in one:
         assert one[run].keys() == two[run].keys()
-        for name, value in one[run].items(): assert_close(two[run][name], value, rtol=1e-4, atol=1e-5, msg=lambda m: f"{run}, {name}: {m}")
+        for name, value in one[run].items():
+            assert_close(two[run][name], value, rtol=1e-4, atol=1e-5, msg=lambda m: f"{run}, {name}: {m}")

@@ -1,9 +1,10 @@
 """Comparisons end to end: they continue where they stopped, mix nothing, say what they were made with, and measure what they claim."""
+
 import copy
 import functools
 import importlib
-import linecache
 import json
+import linecache
 import math
 import os
 import shutil
@@ -19,12 +20,30 @@ from peft import LoraConfig
 
 from tokpref.data import PreferenceCollator
 from tokpref.evaluation import estimate, preference_metrics, sample, sample_kl
-from tokpref.experiments.compare import baselines, figures, sources, table, train
-from tokpref.experiments.compare import run as harness
 from tokpref.experiments import letters, reviews
+from tokpref.experiments.compare import (
+    TASKS,
+    VARIANTS,
+    LossRun,
+    Preparation,
+    RunConfig,
+    Stage,
+    baselines,
+    compare,
+    comparison_figure,
+    comparison_table,
+    figures,
+    find_task,
+    held_out_metrics,
+    read_profiles,
+    resolve_losses,
+    sources,
+    summarise,
+    table,
+    train,
+)
+from tokpref.experiments.compare import run as harness
 from tokpref.experiments.tasks import toy
-from tokpref.experiments.compare import (TASKS, VARIANTS, LossRun, Preparation, RunConfig, Stage, compare, comparison_figure, comparison_table,
-                                         find_task, held_out_metrics, read_profiles, resolve_losses, summarise)
 from tokpref.losses import LOSSES, LossSpec
 
 QUICK = {"steps": 3, "eval_steps": 2, "pretrain_steps": 10, "pairs": 64, "eval_pairs": 16, "letters": 3}
@@ -39,9 +58,21 @@ def test_every_label_and_profile_is_sound():
         for profile in find_task(name).profiles:
             _, config = find_task(name).configure(profile)
             runs = resolve_losses(None, config, find_task(name).variants)
-            assert set(runs) == set(config.losses) and all(run.loss in LOSSES and run.beta > 0 and run.learning_rate > 0 for run in runs.values())
+            assert set(runs) == set(config.losses) and all(
+                run.loss in LOSSES and run.beta > 0 and run.learning_rate > 0 for run in runs.values()
+            )
             assert config.steps % config.eval_steps == 0
-    assert {run.loss for run in VARIANTS.values()} >= {"dpo", "ipo", "simpo", "adpo", "tdpo1", "tdpo2", "bpo", "tbpo_q", "tbpo_a"}
+    assert {run.loss for run in VARIANTS.values()} >= {
+        "dpo",
+        "ipo",
+        "simpo",
+        "adpo",
+        "tdpo1",
+        "tdpo2",
+        "bpo",
+        "tbpo_q",
+        "tbpo_a",
+    }
 
 
 def test_the_first_profile_of_the_toy_is_the_demo():
@@ -51,8 +82,26 @@ def test_the_first_profile_of_the_toy_is_the_demo():
 def test_record_is_complete_and_private(tmp_path):
     record = run_toy(tmp_path, seeds=(0, 1), losses=("dpo",))
     assert json.loads((tmp_path / "comparison.json").read_text()) == json.loads(json.dumps(record))
-    assert set(record) == {"task", "profile", "description", "config", "seeds", "versions", "hardware", "wall_seconds", "problem", "start", "value", "optimum", "runs"}
-    assert {"torch", "transformers", "tokpref", "python"} <= set(record["versions"]) and {"cpu", "gpu", "threads"} <= set(record["hardware"])
+    assert set(record) == {
+        "task",
+        "profile",
+        "description",
+        "config",
+        "seeds",
+        "versions",
+        "hardware",
+        "wall_seconds",
+        "problem",
+        "start",
+        "value",
+        "optimum",
+        "runs",
+    }
+    assert {"torch", "transformers", "tokpref", "python"} <= set(record["versions"]) and {
+        "cpu",
+        "gpu",
+        "threads",
+    } <= set(record["hardware"])
     for run in record["runs"]:
         assert [point["step"] for point in run["history"]] == [0, 2, 3]
         assert {"reward", "kl", "accuracy", "kl_chosen", "kl_rejected"} <= set(run["metrics"]) and run["seconds"] > 0
@@ -100,13 +149,21 @@ def test_an_edited_loss_is_trained_anew_and_the_others_are_read(tmp_path, monkey
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     real, calls = harness.train_one, []
-    monkeypatch.setattr(harness, "train_one", functools.wraps(real)(lambda *args: calls.append(args[3].loss) or real(*args)))
-    run = lambda **more: compare("toy", "smoke", losses=["dpo", "mine"], out=tmp_path / "runs", overrides={**QUICK, "max_grad_norm": 0.0}, **more)
+    monkeypatch.setattr(
+        harness, "train_one", functools.wraps(real)(lambda *args: calls.append(args[3].loss) or real(*args))
+    )
+    run = lambda **more: compare(
+        "toy", "smoke", losses=["dpo", "mine"], out=tmp_path / "runs", overrides={**QUICK, "max_grad_norm": 0.0}, **more
+    )
     records = []
     for factor in (1.0, 1.0, 5.0):
         monkeypatch.setitem(LOSSES, "mine", own_loss(tmp_path, factor))
         records.append(run(progress=False))
-    assert calls == ["dpo", "mine", "mine"] and records[0]["runs"] == records[1]["runs"] and records[2]["runs"][0] == records[0]["runs"][0]
+    assert (
+        calls == ["dpo", "mine", "mine"]
+        and records[0]["runs"] == records[1]["runs"]
+        and records[2]["runs"][0] == records[0]["runs"][0]
+    )
     assert records[2]["runs"][1]["metrics"] != records[0]["runs"][1]["metrics"]
     run(progress=True)
     assert "2 of 2 runs read from" in capsys.readouterr().err
@@ -124,13 +181,29 @@ def modules_of(name):
 
 def test_what_a_run_is_made_of():
     "Of the losses only its own; trainer, engine and data; the task; nothing that draws or prints."
-    shared = {f"tokpref.{name}" for name in ("losses.types", "losses.dpo", "training.trainer", "engine.one_pass", "engine.stats", "models",
-                                             "experiments.compare.train", "experiments.compare.measure", "experiments.tasks.toy")}
+    shared = {
+        f"tokpref.{name}"
+        for name in (
+            "losses.types",
+            "losses.dpo",
+            "training.trainer",
+            "engine.one_pass",
+            "engine.stats",
+            "models",
+            "experiments.compare.train",
+            "experiments.compare.measure",
+            "experiments.tasks.toy",
+        )
+    }
     assert shared <= modules_of("dpo") and any(name.startswith("tokpref.data.") for name in modules_of("dpo"))
-    assert not [name for name in modules_of("dpo") if name.startswith(("tokpref.plots", "tokpref.cli", "tokpref.losses.adpo"))]
+    assert not [
+        name for name in modules_of("dpo") if name.startswith(("tokpref.plots", "tokpref.cli", "tokpref.losses.adpo"))
+    ]
     assert "tokpref.losses.tdpo" not in modules_of("dpo") and "tokpref.losses.tdpo" in modules_of("tdpo2")
     dpo, behind = LOSSES["dpo"].fn, sources.code_behind
-    assert behind(dpo) == behind(functools.partial(dpo, beta=2.0)) != behind(LOSSES["tdpo2"].fn) and behind(dpo, find_task("toy").prepare) != behind(dpo)
+    assert behind(dpo) == behind(functools.partial(dpo, beta=2.0)) != behind(LOSSES["tdpo2"].fn) and behind(
+        dpo, find_task("toy").prepare
+    ) != behind(dpo)
 
 
 def test_the_judges_are_part_of_what_they_judge():
@@ -173,7 +246,9 @@ def test_a_module_that_was_split_counts_too(copied_package):
     (copied_package / "losses" / "halves").mkdir()
     (copied_package / "losses" / "halves" / "__init__.py").write_text("from .inner import half as one_half\n")
     (copied_package / "losses" / "halves" / "inner.py").write_text("def half(x): return x / 2\n")
-    file.write_text(file.read_text(encoding="utf-8") + "\n\ndef late():\n    from .halves import one_half\n    return one_half\n")
+    file.write_text(
+        file.read_text(encoding="utf-8") + "\n\ndef late():\n    from .halves import one_half\n    return one_half\n"
+    )
     assert "tokpref.losses.halves.inner" in behind() or "tokpref.losses.halves" in behind()
 
 
@@ -196,8 +271,13 @@ print(kept)
 
 def test_an_edited_package_repeats_the_run(copied_package, tmp_path):
     "End to end, in a process that imports the copy: an edit of the table is no new run, one of the engine is."
-    done = subprocess.run([sys.executable, "-c", EDITED, str(copied_package), str(tmp_path / "out")], capture_output=True, text=True,
-                          cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(copied_package.parent)})
+    done = subprocess.run(
+        [sys.executable, "-c", EDITED, str(copied_package), str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(copied_package.parent)},
+    )
     assert done.stdout.strip() == "[1, 1, 2]", done.stderr
 
 
@@ -215,34 +295,40 @@ def test_a_broken_run_is_reported_and_not_kept(tmp_path):
     assert comparison_figure(record).axes
 
 
-@pytest.mark.parametrize("call, says", [
-    (lambda: compare("toys"), "did you mean 'toy'"),
-    (lambda: compare("toy", "smok"), "did you mean 'smoke'"),
-    (lambda: compare("toy", losses=["tdpo3"]), "did you mean 'tdpo"),
-    (lambda: compare("toy", losses={"x": ("dpo", {"window": 2})}), "'window' is not used"),
-    (lambda: compare("toy", overrides={"stpes": 3}), "did you mean 'steps'"),
-    (lambda: compare("toy", losses=["tdpo2:alpha=-1"]), "'tdpo2:alpha=-1': alpha must be"),
-    (lambda: compare("toy", losses=["dpo:beta=-1"]), "beta must be a positive number"),
-    (lambda: compare("toy", losses=["dpo:learning_rate=0"]), "learning_rate must be a positive number"),
-    (lambda: compare("toy", losses=["adpo:segments=0"]), "segments must be"),
-    (lambda: compare("toy", losses={"x": LossRun("bpo", {"generator": "nonsense"})}), "'x': "),
-    (lambda: compare("toy", losses=[]), "losses is empty"),
-    (lambda: compare("toy", losses=["dpo-fkl:label_smoothing=0.1"]), "write 'dpo:f_divergence=forward_kl,label_smoothing=0.1'"),
-    (lambda: compare("toy", seeds=[]), "seeds is empty"),
-    (lambda: compare("toy", seeds=[0, 0]), "name one twice"),
-    (lambda: compare("toy", losses=["ppo:samples=3"]), "choose a divisor"),
-    (lambda: compare("toy", losses=["ppo:uses=0"]), "uses must be a whole number"),
-    (lambda: compare("toy", losses=["best-of-0"]), "n must be a whole number"),
-    (lambda: compare("toy", losses=["sft:beta=0.3"]), "beta would be ignored"),
-    (lambda: compare("toy", overrides={"steps": 0}), "steps must be a whole number of at least 1"),
-    (lambda: compare("toy", overrides={"batch_size": 0}), "batch_size must be"),
-    (lambda: compare("toy", overrides={"learning_rate": -1e-4}), "learning_rate must be a positive number"),
-    (lambda: compare("toy", overrides={"optimizer": "rmspop"}), "did you mean 'rmsprop'"),
-    (lambda: compare("toy", overrides={"schedule": "lineer"}), "did you mean 'linear'"),
-    (lambda: compare("toy", overrides={"schedule": "cosine_with_min_lr"}), "can't be used"),
-    (lambda: compare("toy", overrides={"tuning": {"dpoo": {"beta": 1.0}}}), "did you mean 'dpo'"),
-    (lambda: compare("toy", overrides={"tuning": {"dpo": {"beat": 1.0}}}), "did you mean 'beta'"),
-])
+@pytest.mark.parametrize(
+    "call, says",
+    [
+        (lambda: compare("toys"), "did you mean 'toy'"),
+        (lambda: compare("toy", "smok"), "did you mean 'smoke'"),
+        (lambda: compare("toy", losses=["tdpo3"]), "did you mean 'tdpo"),
+        (lambda: compare("toy", losses={"x": ("dpo", {"window": 2})}), "'window' is not used"),
+        (lambda: compare("toy", overrides={"stpes": 3}), "did you mean 'steps'"),
+        (lambda: compare("toy", losses=["tdpo2:alpha=-1"]), "'tdpo2:alpha=-1': alpha must be"),
+        (lambda: compare("toy", losses=["dpo:beta=-1"]), "beta must be a positive number"),
+        (lambda: compare("toy", losses=["dpo:learning_rate=0"]), "learning_rate must be a positive number"),
+        (lambda: compare("toy", losses=["adpo:segments=0"]), "segments must be"),
+        (lambda: compare("toy", losses={"x": LossRun("bpo", {"generator": "nonsense"})}), "'x': "),
+        (lambda: compare("toy", losses=[]), "losses is empty"),
+        (
+            lambda: compare("toy", losses=["dpo-fkl:label_smoothing=0.1"]),
+            "write 'dpo:f_divergence=forward_kl,label_smoothing=0.1'",
+        ),
+        (lambda: compare("toy", seeds=[]), "seeds is empty"),
+        (lambda: compare("toy", seeds=[0, 0]), "name one twice"),
+        (lambda: compare("toy", losses=["ppo:samples=3"]), "choose a divisor"),
+        (lambda: compare("toy", losses=["ppo:uses=0"]), "uses must be a whole number"),
+        (lambda: compare("toy", losses=["best-of-0"]), "n must be a whole number"),
+        (lambda: compare("toy", losses=["sft:beta=0.3"]), "beta would be ignored"),
+        (lambda: compare("toy", overrides={"steps": 0}), "steps must be a whole number of at least 1"),
+        (lambda: compare("toy", overrides={"batch_size": 0}), "batch_size must be"),
+        (lambda: compare("toy", overrides={"learning_rate": -1e-4}), "learning_rate must be a positive number"),
+        (lambda: compare("toy", overrides={"optimizer": "rmspop"}), "did you mean 'rmsprop'"),
+        (lambda: compare("toy", overrides={"schedule": "lineer"}), "did you mean 'linear'"),
+        (lambda: compare("toy", overrides={"schedule": "cosine_with_min_lr"}), "can't be used"),
+        (lambda: compare("toy", overrides={"tuning": {"dpoo": {"beta": 1.0}}}), "did you mean 'dpo'"),
+        (lambda: compare("toy", overrides={"tuning": {"dpo": {"beat": 1.0}}}), "did you mean 'beta'"),
+    ],
+)
 def test_slips_are_caught_before_anything_runs(call, says, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=says): call()
@@ -279,11 +365,19 @@ def test_a_task_brings_its_labels_and_changes_those_of_nobody():
 
 def test_no_room_of_the_comparison_imports_in_a_circle():
     root = sources.package_root()
-    rooms = [f"tokpref.experiments.compare.{path.stem}" for path in (root / "experiments" / "compare").glob("*.py") if path.stem != "__init__"]
+    rooms = [
+        f"tokpref.experiments.compare.{path.stem}"
+        for path in (root / "experiments" / "compare").glob("*.py")
+        if path.stem != "__init__"
+    ]
     uses = {}
     for room in rooms:
         text = sources.module_file(room, root).read_text(encoding="utf-8")
-        uses[room] = {sources.home_of(module, name, root) for module, name, _ in sources.imports_of(text, room, False) if module.startswith("tokpref")} & set(rooms)
+        uses[room] = {
+            sources.home_of(module, name, root)
+            for module, name, _ in sources.imports_of(text, room, False)
+            if module.startswith("tokpref")
+        } & set(rooms)
     order = []
     while free := [room for room in uses if room not in order and uses[room] <= set(order)]: order += free
     assert sorted(order) == sorted(rooms)
@@ -309,13 +403,23 @@ def test_profiles_are_read_with_every_name_and_type_checked(tmp_path):
     def read(text):
         file.write_text(text, encoding="utf-8")
         return read_profiles(file, toy.ToyConfig)
-    profiles = read('[demo]\nletters = 4\noptimum_betas = [1, 0.5]\nsweep.dpo.beta = [0.1, 0.3]\n\n[smoke]\nlike = "demo"\nsteps = 3\n')
-    assert profiles["smoke"] == toy.ToyConfig(letters=4, optimum_betas=(1.0, 0.5), sweep={"dpo": {"beta": [0.1, 0.3]}}, steps=3)
-    for text, kind, says in (("[a]\nleters = 3", ValueError, "toy.toml, profile 'a': no setting 'leters'; did you mean 'letters'"),
-                             ("[a]\nletters = 3.5", TypeError, "must be int"), ("[a]\noptimum_betas = ['x']", TypeError, "must be tuple"),
-                             ("[a]\nsteps = 0", ValueError, "steps must be"), ("[a]\nlike = 'b'", ValueError, "no such profile"),
-                             ("[a]\nlike = 'b'\n[b]\nlike = 'a'", ValueError, "leads back"), ("", ValueError, "holds no profile"),
-                             ("letters = 3", ValueError, "outside a profile")):
+
+    profiles = read(
+        '[demo]\nletters = 4\noptimum_betas = [1, 0.5]\nsweep.dpo.beta = [0.1, 0.3]\n\n[smoke]\nlike = "demo"\nsteps = 3\n'
+    )
+    assert profiles["smoke"] == toy.ToyConfig(
+        letters=4, optimum_betas=(1.0, 0.5), sweep={"dpo": {"beta": [0.1, 0.3]}}, steps=3
+    )
+    for text, kind, says in (
+        ("[a]\nleters = 3", ValueError, "toy.toml, profile 'a': no setting 'leters'; did you mean 'letters'"),
+        ("[a]\nletters = 3.5", TypeError, "must be int"),
+        ("[a]\noptimum_betas = ['x']", TypeError, "must be tuple"),
+        ("[a]\nsteps = 0", ValueError, "steps must be"),
+        ("[a]\nlike = 'b'", ValueError, "no such profile"),
+        ("[a]\nlike = 'b'\n[b]\nlike = 'a'", ValueError, "leads back"),
+        ("", ValueError, "holds no profile"),
+        ("letters = 3", ValueError, "outside a profile"),
+    ):
         with pytest.raises(kind, match=says): read(text)
     file.write_text("[a]\nletters = 3", encoding="utf-8")
     with pytest.raises(ValueError, match="does not say which"): read_profiles(file, {"b": toy.ToyConfig})
@@ -331,7 +435,8 @@ def test_a_stage_is_known_by_what_it_reads_and_can_read_nothing_else(tmp_path):
     get = lambda **changes: Preparation([stage], toy.ToyConfig(**changes), tmp_path)["letters"]
     assert [get(), get(steps=3), get(letters=4), get()] == ["5", "5", "4", "5"] and made == [5, 4]
     hungry = Stage("pairs", (), lambda work: work.config.pairs, after=("letters",))
-    with pytest.raises(ValueError, match="reads the setting 'pairs' and does not list it"): Preparation([stage, hungry], toy.ToyConfig(), tmp_path)["pairs"]
+    with pytest.raises(ValueError, match="reads the setting 'pairs' and does not list it"):
+        Preparation([stage, hungry], toy.ToyConfig(), tmp_path)["pairs"]
     inherited = Stage("twice", (), lambda work: 2 * work.config.letters, after=("letters",))
     assert Preparation([stage, inherited], toy.ToyConfig(), tmp_path)["twice"] == 10
     with pytest.raises(ValueError, match="not before it"): Preparation([inherited, stage], toy.ToyConfig(), tmp_path)
@@ -344,12 +449,18 @@ def test_a_stage_that_was_stopped_is_made_again_by_the_list(tmp_path):
     whole = lambda work: (work.folder / "whole").write_text("y") and "done"
     read = lambda work: [path.name for path in work.folder.iterdir()]
     with pytest.raises(KeyboardInterrupt): Preparation([Stage("a", (), stops, read)], RunConfig(), tmp_path)["a"]
-    assert Preparation([Stage("a", (), whole, read)], RunConfig(), tmp_path)["a"] == ["whole"] and len(list(tmp_path.iterdir())) == 1
+    assert (
+        Preparation([Stage("a", (), whole, read)], RunConfig(), tmp_path)["a"] == ["whole"]
+        and len(list(tmp_path.iterdir())) == 1
+    )
 
 
 def test_a_digest_may_count_in_the_key_of_a_stage(tmp_path):
     weights = {"digest": 1}
-    stages = [Stage("a", (), lambda work: None, depends=lambda config: dict(weights)), Stage("b", (), lambda work: None, after=("a",))]
+    stages = [
+        Stage("a", (), lambda work: None, depends=lambda config: dict(weights)),
+        Stage("b", (), lambda work: None, after=("a",)),
+    ]
     place = lambda: [Preparation(stages, RunConfig(), tmp_path).place(name) for name in "ab"]
     before = place()
     weights["digest"] = 2
@@ -360,7 +471,11 @@ def test_table_over_seeds(tmp_path):
     record = run_toy(tmp_path, ["dpo"], seeds=(0, 1))
     rewards = torch.tensor([run["metrics"]["reward"] for run in record["runs"]], dtype=torch.float64)
     (line,) = summarise(record)
-    assert line["seeds"] == 2 and abs(line["reward"] - rewards.mean()) < 1e-12 and abs(line["reward_sd"] - rewards.std()) < 1e-12
+    assert (
+        line["seeds"] == 2
+        and abs(line["reward"] - rewards.mean()) < 1e-12
+        and abs(line["reward_sd"] - rewards.std()) < 1e-12
+    )
     assert "±" in comparison_table(record)
 
 
@@ -374,10 +489,21 @@ def test_exact_numbers_of_the_toy_agree_with_sampling(tmp_path):
     exact = problem.evaluate(moved.eval())
     prompts = letters.all_prompts(config.letters)
     table = letters.outcome_rewards(letters.string_rewards(prompts, config), config.void_reward)
-    texts = ["".join(chr(97 + c) for c in s) for d in range(config.max_letters + 1) for s in letters.all_strings(config.letters, d).tolist()]
+    texts = [
+        "".join(chr(97 + c) for c in s)
+        for d in range(config.max_letters + 1)
+        for s in letters.all_strings(config.letters, d).tolist()
+    ]
     place = {text: i for i, text in enumerate(texts)}
-    samples = sample(moved, problem.tokenizer, [letters.to_text(p).strip() for p in prompts.tolist()], n=400, batch_size=600,
-                     max_new_tokens=config.max_letters + 1, progress=False)
+    samples = sample(
+        moved,
+        problem.tokenizer,
+        [letters.to_text(p).strip() for p in prompts.tolist()],
+        n=400,
+        batch_size=600,
+        max_new_tokens=config.max_letters + 1,
+        progress=False,
+    )
     rewards = []
     for i, ids, text in zip(samples.index, samples.response_ids, samples.responses):
         letters = text.replace(" ", "")
@@ -386,7 +512,9 @@ def test_exact_numbers_of_the_toy_agree_with_sampling(tmp_path):
     value, se, _ = estimate(torch.tensor(rewards, dtype=torch.float64))
     assert exact["kl"] > 0.02 and abs(value - exact["reward"]) < 4 * se
     numbers = sample_kl(moved, problem.policy.eval(), samples, batch_size=600, progress=False)["kl"]
-    assert numbers.mean() > exact["kl"] - 4 * numbers.std() / len(numbers) ** 0.5      # listing lumps all void responses together
+    assert (
+        numbers.mean() > exact["kl"] - 4 * numbers.std() / len(numbers) ** 0.5
+    )  # listing lumps all void responses together
 
 
 def test_toy_start_is_kept_and_read_again(tmp_path):
@@ -398,11 +526,15 @@ def test_toy_start_is_kept_and_read_again(tmp_path):
 
 def test_sentiment_smoke_end_to_end(tmp_path, monkeypatch):
     monkeypatch.delenv("TOKPREF_DATA", raising=False)
-    record = compare("sentiment", "smoke", losses=["dpo"], out=tmp_path, overrides={"steps": 4, "eval_steps": 2}, progress=False)
+    record = compare(
+        "sentiment", "smoke", losses=["dpo"], out=tmp_path, overrides={"steps": 4, "eval_steps": 2}, progress=False
+    )
     stages = {path.name.split("-")[0]: path.stat().st_mtime_ns for path in (tmp_path / "prepared").iterdir()}
     assert set(stages) == {"tokenizer", "model", "classifier", "measure", "pairs"}
     assert record["start"]["kl"] == pytest.approx(0, abs=1e-6) and record["runs"][0]["metrics"]["kl"] > 0
-    again = compare("sentiment", "smoke", losses=["dpo"], out=tmp_path, overrides={"steps": 4, "eval_steps": 2}, progress=False)
+    again = compare(
+        "sentiment", "smoke", losses=["dpo"], out=tmp_path, overrides={"steps": 4, "eval_steps": 2}, progress=False
+    )
     assert again["runs"] == record["runs"]
     assert {path.name.split("-")[0]: path.stat().st_mtime_ns for path in (tmp_path / "prepared").iterdir()} == stages
 
@@ -414,7 +546,9 @@ def test_a_stage_that_stopped_half_way_is_made_again(tmp_path):
         (work.folder / ("whole" if again else "half")).write_text("x")
         if not again: raise KeyboardInterrupt
 
-    stages = [Stage("tokenizer", ("vocab_size",), make, lambda work: sorted(path.name for path in work.folder.iterdir()))]
+    stages = [
+        Stage("tokenizer", ("vocab_size",), make, lambda work: sorted(path.name for path in work.folder.iterdir()))
+    ]
     again = False
     with pytest.raises(KeyboardInterrupt): Preparation(stages, config, tmp_path)["tokenizer"]
     again = True
@@ -423,48 +557,82 @@ def test_a_stage_that_stopped_half_way_is_made_again(tmp_path):
 
 
 def test_nothing_is_learnt_from_the_test_split(monkeypatch):
-    raw = {"train": (["Same text.", "Own text.", "Own text."], [1, 0, 0]), "unsupervised": (["Same text.", "Third."], [-1, -1]),
-           "test": (["Same text.", "Test only."], [1, 0])}
+    raw = {
+        "train": (["Same text.", "Own text.", "Own text."], [1, 0, 0]),
+        "unsupervised": (["Same text.", "Third."], [-1, -1]),
+        "test": (["Same text.", "Test only."], [1, 0]),
+    }
     monkeypatch.setattr(reviews.texts, "_read_split", lambda source, split: raw[split])
     found = reviews.load_reviews("imdb")
-    assert found.train == ["Own text."] and found.labels == [0] and found.unlabelled == ["Third."] and found.repeated == 3
+    assert (
+        found.train == ["Own text."] and found.labels == [0] and found.unlabelled == ["Third."] and found.repeated == 3
+    )
     assert found.test == ["Same text.", "Test only."]
 
 
 def test_missing_reviews_say_what_to_do(monkeypatch, tmp_path):
     monkeypatch.setenv("TOKPREF_DATA", str(tmp_path))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(FileNotFoundError, match="set TOKPREF_DATA.*profile smoke") as error: reviews.load_reviews("nobody/imdb")
+    with pytest.raises(FileNotFoundError, match="set TOKPREF_DATA.*profile smoke") as error:
+        reviews.load_reviews("nobody/imdb")
     assert len(str(error.value).splitlines()) == 1
 
 
 def test_a_task_of_ones_own(tmp_path, monkeypatch):
-    monkeypatch.setitem(TASKS, "mine", replace(find_task("toy"), name="mine", profiles={"only": replace(find_task("toy").profiles["smoke"], **QUICK)}))
+    monkeypatch.setitem(
+        TASKS,
+        "mine",
+        replace(find_task("toy"), name="mine", profiles={"only": replace(find_task("toy").profiles["smoke"], **QUICK)}),
+    )
     assert compare("mine", losses="dpo", out=tmp_path, progress=False)["profile"] == "only"
     assert isinstance(find_task("mine").profiles["only"], RunConfig)
 
 
 # Labels, seeds, baselines
 
-@pytest.mark.parametrize("label, says", [("tdpo2:alfa=0.1", "did you mean 'alpha'"), ("dpo:beta", "must be name=value"), ("ppo:clips=1", "did you mean 'clip'"),
-                                         ("sft:n=2", "'n' is not used"), ("best-of-x", "unknown loss")])
+@pytest.mark.parametrize(
+    "label, says",
+    [
+        ("tdpo2:alfa=0.1", "did you mean 'alpha'"),
+        ("dpo:beta", "must be name=value"),
+        ("ppo:clips=1", "did you mean 'clip'"),
+        ("sft:n=2", "'n' is not used"),
+        ("best-of-x", "unknown loss"),
+    ],
+)
 def test_a_label_with_a_slip_is_refused(label, says):
     with pytest.raises(ValueError, match=says): resolve_losses(label, RunConfig())
 
 
 def test_a_sweep_is_a_list_of_labels_and_tuning_reaches_them():
-    config = RunConfig(sweep={"dpo": {"beta": (0.3, 1)}, "bpo": {"generator": ("kliep",)}}, tuning={"dpo": {"learning_rate": 5e-4}})
+    config = RunConfig(
+        sweep={"dpo": {"beta": (0.3, 1)}, "bpo": {"generator": ("kliep",)}}, tuning={"dpo": {"learning_rate": 5e-4}}
+    )
     runs = resolve_losses(["tdpo2", "sweep"], config)
     assert list(runs) == ["tdpo2", "dpo:beta=0.3", "dpo:beta=1", "bpo:generator=kliep"]
-    assert runs["dpo:beta=0.3"] == LossRun("dpo", {}, 0.3, 5e-4) and runs["bpo:generator=kliep"].options == {"generator": "kliep"}
+    assert runs["dpo:beta=0.3"] == LossRun("dpo", {}, 0.3, 5e-4) and runs["bpo:generator=kliep"].options == {
+        "generator": "kliep"
+    }
 
 
 def test_a_seed_draws_other_pairs_from_the_same_start(tmp_path, monkeypatch):
     monkeypatch.delenv("TOKPREF_DATA", raising=False)
     task = find_task("sentiment")
-    config = replace(task.profiles["smoke"], train_prompts=6, eval_prompts=4, eval_pair_prompts=4, frontier_prompts=2, frontier_samples=16, lm_tokens=20_000)
+    config = replace(
+        task.profiles["smoke"],
+        train_prompts=6,
+        eval_prompts=4,
+        eval_pair_prompts=4,
+        frontier_prompts=2,
+        frontier_samples=16,
+        lm_tokens=20_000,
+    )
     a, b, again = (task.prepare(config, tmp_path, False, seed) for seed in (0, 1, 0))
-    assert a.train["chosen_ids"] == again.train["chosen_ids"] != b.train["chosen_ids"] and a.eval[:] == b.eval[:] and a.prompts == b.prompts
+    assert (
+        a.train["chosen_ids"] == again.train["chosen_ids"] != b.train["chosen_ids"]
+        and a.eval[:] == b.eval[:]
+        and a.prompts == b.prompts
+    )
     assert all(torch.equal(x, y) for x, y in zip(a.policy.parameters(), b.policy.parameters()))
     assert len(list(tmp_path.glob("pairs-*"))) == 2 and len(list(tmp_path.iterdir())) == 6
 
@@ -473,9 +641,18 @@ def test_all_seeds_share_the_labels_of_a_figure(tmp_path):
     record = run_toy(tmp_path, ["dpo", "dpo:beta=2.0", "best-of-2"], seeds=(0, 1))
     kl = 0.5 * min(run["history"][1]["kl"] for run in record["runs"] if run["label"] == "dpo")
     band = table.path_band(record, "dpo", [0.0, kl])
-    assert band["low"][1] <= band["mean"][1] <= band["high"][1] and band["mean"][0] == pytest.approx(record["start"]["reward"])
-    assert {line.get_label() for line in comparison_figure(record).axes[0].get_lines()} >= {"dpo", "dpo:beta=2.0", "best-of-2"}
-    assert len(comparison_figure(record, labels=["dpo"]).axes[1].patches) == 1 and len(figures.history_figure(record, ["dpo"]).axes) == 3
+    assert band["low"][1] <= band["mean"][1] <= band["high"][1] and band["mean"][0] == pytest.approx(
+        record["start"]["reward"]
+    )
+    assert {line.get_label() for line in comparison_figure(record).axes[0].get_lines()} >= {
+        "dpo",
+        "dpo:beta=2.0",
+        "best-of-2",
+    }
+    assert (
+        len(comparison_figure(record, labels=["dpo"]).axes[1].patches) == 1
+        and len(figures.history_figure(record, ["dpo"]).axes) == 3
+    )
 
 
 def test_held_out_numbers_are_those_of_the_evaluation_page(tmp_path):
@@ -494,11 +671,17 @@ def test_policy_and_reference_are_measured_in_the_arithmetic_of_the_training(tmp
     "A trained model computes under autocast even when nobody asks it to; next to a reference that does not, a KL would be rounding."
     config = replace(find_task("toy").configure("smoke")[1], **QUICK)
     shared, seen = train.SharedStart(find_task("toy"), config, tmp_path, 0, False), []
-    reward = lambda model: seen.append(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None) or {"reward": 0.0, "kl": 0.0}
+    reward = lambda model: (
+        seen.append(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None)
+        or {"reward": 0.0, "kl": 0.0}
+    )
     for mixed, kind in ((None, None), ("bf16", torch.bfloat16), ("fp16", torch.float16)):
         shared.__dict__["problem"] = replace(shared.problem, evaluate=reward, arguments={mixed: True} if mixed else {})
         shared.__dict__.pop("start", None)
-        assert shared.start["kl_chosen"] == 0.0 and train.measure(shared.reference, shared.reference, shared.problem)["kl_chosen"] == 0.0
+        assert (
+            shared.start["kl_chosen"] == 0.0
+            and train.measure(shared.reference, shared.reference, shared.problem)["kl_chosen"] == 0.0
+        )
         assert seen[-2:] == [kind, kind]
 
 
@@ -507,23 +690,37 @@ def test_a_policy_that_did_not_move_has_no_kl_in_mixed_precision(tmp_path, monke
     task = find_task("toy")
     mixed = replace(task, prepare=lambda *args: replace(task.prepare(*args), arguments={"bf16": True, "use_cpu": True}))
     monkeypatch.setitem(TASKS, "toy", mixed)
-    record = compare("toy", "smoke", {"still": LossRun("dpo", learning_rate=1e-30)}, out=tmp_path, overrides=QUICK, progress=False)
-    assert all(point.get(name, 0.0) == 0.0 for point in record["runs"][0]["history"] for name in ("accuracy", "kl_chosen", "kl_rejected"))
+    record = compare(
+        "toy", "smoke", {"still": LossRun("dpo", learning_rate=1e-30)}, out=tmp_path, overrides=QUICK, progress=False
+    )
+    assert all(
+        point.get(name, 0.0) == 0.0
+        for point in record["runs"][0]["history"]
+        for name in ("accuracy", "kl_chosen", "kl_rejected")
+    )
 
 
 def test_an_adapter_needs_no_second_model(tmp_path):
     config = replace(find_task("toy").configure("smoke")[1], **QUICK)
     shared = train.SharedStart(find_task("toy"), config, tmp_path, 0, False)
     shared.__dict__["problem"] = replace(shared.problem, adapter=object())
-    assert shared.reference is shared.problem.policy and not shared.reference.training and abs(shared.start["kl"]) < 1e-9
+    assert (
+        shared.reference is shared.problem.policy and not shared.reference.training and abs(shared.start["kl"]) < 1e-9
+    )
 
 
 def test_the_interval_of_many_seeds_is_students(tmp_path):
     "Eleven seeds: 2.23 standard errors, not 2."
     path = lambda end: [{"kl": 0.0, "reward": 0.0}, {"kl": 1.0, "reward": end}]
-    runs = [{"label": label, "seed": seed, "history": path(seed * (label == "tdpo2"))} for label in ("dpo", "tdpo2") for seed in range(11)]
+    runs = [
+        {"label": label, "seed": seed, "history": path(seed * (label == "tdpo2"))}
+        for label in ("dpo", "tdpo2")
+        for seed in range(11)
+    ]
     gain, width = table.paired_difference({"runs": runs}, "tdpo2", "dpo", 1.0)
-    assert gain == 5 and width == pytest.approx(2.228 * 1.0, rel=2e-3)      # a standard error of 1: the variance of 0..10 is 11
+    assert gain == 5 and width == pytest.approx(
+        2.228 * 1.0, rel=2e-3
+    )  # a standard error of 1: the variance of 0..10 is 11
 
 
 def test_policy_gradient_raises_the_exact_reward(tmp_path):
@@ -546,7 +743,8 @@ def test_gradient_of_fresh_samples_is_reinforce(tmp_path):
     returns = (rollout["rewards"] - 0.3 * stats.log_ratio.sum(-1).detach()).view(3, 4)
     others = torch.stack([(returns.sum(1) - returns[:, j]) / 3 for j in range(4)], 1)
     (-(returns - others).flatten() * stats.logps.sum(-1)).mean().backward()
-    for a, b in zip(trainer.model.parameters(), plain.parameters()): torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-5)
+    for a, b in zip(trainer.model.parameters(), plain.parameters()):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-5)
     before = rollout["batch"]["input_ids"]
     trainer.compute_loss(trainer.model, {"prompt_ids": [[1, 2]]})
     assert trainer.rollouts[0]["batch"]["input_ids"] is before and trainer.calls == 2
@@ -556,7 +754,9 @@ def test_gradient_of_fresh_samples_is_reinforce(tmp_path):
 
 def ppo_trainer(shared, config, folder, **options):
     arguments = train.run_arguments(config, LossRun("dpo", {}, 0.3, 1e-3), 0, folder, {})
-    trainer = baselines.PolicyGradientTrainer(copy.deepcopy(shared.problem.policy), arguments, processing_class=shared.problem.tokenizer)
+    trainer = baselines.PolicyGradientTrainer(
+        copy.deepcopy(shared.problem.policy), arguments, processing_class=shared.problem.tokenizer
+    )
     return trainer.setup(shared.problem, shared.reference, {"clip": 0.2, **options}, 0.3)
 
 
@@ -573,7 +773,11 @@ def test_baselines_train_without_dropout_like_the_losses(tmp_path):
     for module in problem.policy.modules():
         if isinstance(module, torch.nn.Dropout): module.p = 0.1
     assert rates(baselines.policy_to_train(problem)) == {0.0} and rates(problem.policy) == {0.1}
-    assert rates(baselines.policy_to_train(replace(problem, adapter=LoraConfig(r=2, lora_dropout=0.05, target_modules=["c_attn"], fan_in_fan_out=True)))) == {0.0}
+    assert rates(
+        baselines.policy_to_train(
+            replace(problem, adapter=LoraConfig(r=2, lora_dropout=0.05, target_modules=["c_attn"], fan_in_fan_out=True))
+        )
+    ) == {0.0}
 
 
 def test_best_of_n_is_the_best_of_n(tmp_path):
@@ -587,4 +791,5 @@ def test_a_task_without_a_reward_refuses_what_needs_one(tmp_path, monkeypatch):
     hidden = replace(toy_task, name="hidden", prepare=lambda *args: replace(toy_task.prepare(*args), reward=None))
     monkeypatch.setitem(TASKS, "hidden", hidden)
     for label in ("ppo", "best-of-2"):
-        with pytest.raises(ValueError, match="needs a known reward"): compare("hidden", "smoke", label, out=tmp_path, overrides=QUICK, progress=False)
+        with pytest.raises(ValueError, match="needs a known reward"):
+            compare("hidden", "smoke", label, out=tmp_path, overrides=QUICK, progress=False)

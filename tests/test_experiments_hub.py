@@ -1,4 +1,5 @@
 """A model by name, LoRA, fine-tuning, pairs and measures: the pieces of the experiments on open models, with tiny random models in folders for hub ids."""
+
 import importlib.util
 import json
 import os
@@ -14,7 +15,16 @@ from peft import get_peft_model
 
 from tokpref.data import prepare
 from tokpref.experiments import pretrained
-from tokpref.experiments.compare import TASKS, Preparation, Task, compare, comparison_figure, comparison_table, find_task, resolve_losses
+from tokpref.experiments.compare import (
+    TASKS,
+    Preparation,
+    Task,
+    compare,
+    comparison_figure,
+    comparison_table,
+    find_task,
+    resolve_losses,
+)
 from tokpref.experiments.pretrained import (
     HubConfig,
     PairMeasure,
@@ -35,8 +45,22 @@ from tokpref.experiments.pretrained import (
 )
 from tokpref.models import load_model, load_tokenizer, lora, pick_precision
 
-QUICK = HubConfig(test_split="", eval_pairs=24, train_pairs=48, max_length=100, max_prompt_length=50, max_new_tokens=6, prompts=6, eval_batch=16, precision="float32",
-                  losses=("dpo", "tdpo2"), steps=3, eval_steps=2, batch_size=8, learning_rate=1e-3)
+QUICK = HubConfig(
+    test_split="",
+    eval_pairs=24,
+    train_pairs=48,
+    max_length=100,
+    max_prompt_length=50,
+    max_new_tokens=6,
+    prompts=6,
+    eval_batch=16,
+    precision="float32",
+    losses=("dpo", "tdpo2"),
+    steps=3,
+    eval_steps=2,
+    batch_size=8,
+    learning_rate=1e-3,
+)
 
 
 @pytest.fixture
@@ -71,7 +95,10 @@ def test_precision_follows_the_card(monkeypatch):
     for name in ("bfloat16", "float16"):
         with pytest.raises(ValueError, match="needs a GPU"): pick_precision(name)
     card(monkeypatch, True)
-    assert pick_precision() == (torch.bfloat16, "bf16") and pick_precision("float16").arguments() == {"bf16": False, "fp16": True}
+    assert pick_precision() == (torch.bfloat16, "bf16") and pick_precision("float16").arguments() == {
+        "bf16": False,
+        "fp16": True,
+    }
     card(monkeypatch, False)
     assert pick_precision() == (torch.float16, "fp16")
 
@@ -94,8 +121,12 @@ def test_weights_are_loaded_in_the_type_that_is_asked_for(named):
 def test_fine_tuning_resumes_and_small_batches_change_nothing(named, tokenizer, tmp_path, monkeypatch):
     pairs, _ = prepare(made_up_pairs(12, seed=0), tokenizer, max_length=110, examples=0)
     rows, precision = sft_rows(pairs), pick_precision("float32")
-    config = SFTConfig(epochs=2, batch_size=4, learning_rate=1e-3, warmup_steps=1, optimizer="adamw_torch", save_steps=2)
-    tune = lambda name, **more: weights(sft(load_model(named), tokenizer, rows, replace(config, **more), folder=tmp_path / name, precision=precision))
+    config = SFTConfig(
+        epochs=2, batch_size=4, learning_rate=1e-3, warmup_steps=1, optimizer="adamw_torch", save_steps=2
+    )
+    tune = lambda name, **more: weights(
+        sft(load_model(named), tokenizer, rows, replace(config, **more), folder=tmp_path / name, precision=precision)
+    )
     whole = tune("whole")
     torch.testing.assert_close(tune("small", micro_batch=2), whole, rtol=1e-3, atol=1e-5)
     real, calls = pretrained.start.Trainer.training_step, []
@@ -113,7 +144,12 @@ def test_fine_tuning_resumes_and_small_batches_change_nothing(named, tokenizer, 
 
 
 def test_only_responses_are_learnt_and_repeats_count_once(tokenizer):
-    pairs, _ = prepare([{"prompt": "a", "chosen": "b c", "rejected": "d"}, {"prompt": "a", "chosen": "b c", "rejected": "e"}], tokenizer, 32, examples=0)
+    pairs, _ = prepare(
+        [{"prompt": "a", "chosen": "b c", "rejected": "d"}, {"prompt": "a", "chosen": "b c", "rejected": "e"}],
+        tokenizer,
+        32,
+        examples=0,
+    )
     (row,) = sft_rows(pairs)
     assert [label for label in row["labels"] if label != -100] == pairs[0]["chosen_ids"] and row["labels"][0] == -100
     assert len(sft_rows(pairs, "rejected")) == 2
@@ -122,10 +158,29 @@ def test_only_responses_are_learnt_and_repeats_count_once(tokenizer):
 
 def test_a_merged_adapter_is_a_plain_model(named, tokenizer, tmp_path):
     pairs, _ = prepare(made_up_pairs(8, seed=0), tokenizer, max_length=110, examples=0)
-    config = SFTConfig(epochs=2, batch_size=4, learning_rate=1e-2, warmup_steps=0, optimizer="adamw_torch", lora_rank=2, gradient_checkpointing=True)
-    before, tuned = load_model(named), sft(load_model(named), tokenizer, sft_rows(pairs), config, folder=tmp_path / "work",
-                                           precision=pick_precision("float32"))
-    assert not hasattr(tuned, "peft_config") and [n for n, _ in tuned.named_parameters()] == [n for n, _ in before.named_parameters()]
+    config = SFTConfig(
+        epochs=2,
+        batch_size=4,
+        learning_rate=1e-2,
+        warmup_steps=0,
+        optimizer="adamw_torch",
+        lora_rank=2,
+        gradient_checkpointing=True,
+    )
+    before, tuned = (
+        load_model(named),
+        sft(
+            load_model(named),
+            tokenizer,
+            sft_rows(pairs),
+            config,
+            folder=tmp_path / "work",
+            precision=pick_precision("float32"),
+        ),
+    )
+    assert not hasattr(tuned, "peft_config") and [n for n, _ in tuned.named_parameters()] == [
+        n for n, _ in before.named_parameters()
+    ]
     assert not torch.equal(weights(tuned), weights(before))
 
 
@@ -144,7 +199,9 @@ def test_pairs_from_a_file_are_filtered_and_counted(tmp_path):
     config = replace(QUICK, source=str(tmp_path / "pairs.jsonl"), max_words=10, eval_pairs=8, train_pairs=0)
     found = load_pairs(config)
     assert found.info["too_long"] + (len(found.texts) - len(found.train) == 0) == 1 and len(found.eval) <= 8
-    assert set(found.train["chosen_words"]) == {1, 3} and found.info["train_longer_chosen"] == sum(n == 3 for n in found.train["chosen_words"]) / len(found.train)
+    assert set(found.train["chosen_words"]) == {1, 3} and found.info["train_longer_chosen"] == sum(
+        n == 3 for n in found.train["chosen_words"]
+    ) / len(found.train)
 
 
 @pytest.mark.skipif(not os.environ.get("TOKPREF_DATA"), reason="TOKPREF_DATA is not set")
@@ -158,7 +215,12 @@ def test_length_of_real_pairs():
 
 def test_accuracies_by_hand():
     found = pair_accuracies(torch.tensor([1.0, -1.0, 2.0, 0.0]), [10, 10, 20, 100], [5, 20, 40, 105])
-    assert found["accuracy"] == 0.625 and found["accuracy_longer"] == 1 and found["accuracy_shorter"] == pytest.approx(1.5 / 3) and found["accuracy_matched"] == 0.5
+    assert (
+        found["accuracy"] == 0.625
+        and found["accuracy_longer"] == 1
+        and found["accuracy_shorter"] == pytest.approx(1.5 / 3)
+        and found["accuracy_matched"] == 0.5
+    )
     assert "accuracy_matched" not in pair_accuracies(torch.ones(1), [1], [9])
     with pytest.raises(ValueError, match="lengths"): pair_accuracies(torch.ones(2), [1], [1])
 
@@ -170,28 +232,52 @@ def test_an_adapter_switched_off_is_the_reference(named, tokenizer):
     adapted = get_peft_model(load_model(named), lora(2))
     for name, p in adapted.named_parameters():
         if "lora_B" in name: torch.nn.init.normal_(p, std=0.3)
-    measures = [PairMeasure(tokenizer, reference, ready, ready["prompt_ids"][:4], QUICK) for reference in (None, load_model(named).eval())]
+    measures = [
+        PairMeasure(tokenizer, reference, ready, ready["prompt_ids"][:4], QUICK)
+        for reference in (None, load_model(named).eval())
+    ]
     off, copy = (measure(adapted.eval()) for measure in measures)
     assert off["kl"] > 0.01 and off == pytest.approx(copy, rel=1e-4)
-    assert measures[0](load_model(named).eval())["kl"] == pytest.approx(0, abs=1e-6)     # the start, before there is an adapter
+    assert measures[0](load_model(named).eval())["kl"] == pytest.approx(
+        0, abs=1e-6
+    )  # the start, before there is an adapter
 
 
 @pytest.mark.parametrize("rank", [0, 2])
 def test_a_comparison_on_a_named_model(task, named, tmp_path, rank, monkeypatch):
-    more = {"model": named, "lora_rank": rank, "micro_batch": 4, "gradient_checkpointing": bool(rank), "sft_epochs": 1.0, "sft_batch": 16, "sft_learning_rate": 1e-3,
-            "sft_warmup_steps": 0, "nucleus_samples": 2, "judge": "longer"}
+    more = {
+        "model": named,
+        "lora_rank": rank,
+        "micro_batch": 4,
+        "gradient_checkpointing": bool(rank),
+        "sft_epochs": 1.0,
+        "sft_batch": 16,
+        "sft_learning_rate": 1e-3,
+        "sft_warmup_steps": 0,
+        "nucleus_samples": 2,
+        "judge": "longer",
+    }
     record = compare(task, out=tmp_path / "out", overrides=more, progress=False)
     assert record["value"] == "accuracy" and record["start"]["accuracy"] == 0.5 and abs(record["start"]["kl"]) < 1e-6
     for run in record["runs"]:
-        assert "error" not in run and run["metrics"]["kl"] > 0 and {"accuracy_shorter", "entropy", "self_bleu", "nucleus_entropy", "win_rate"} <= set(run["metrics"])
+        assert (
+            "error" not in run
+            and run["metrics"]["kl"] > 0
+            and {"accuracy_shorter", "entropy", "self_bleu", "nucleus_entropy", "win_rate"} <= set(run["metrics"])
+        )
         assert [point["step"] for point in run["history"]] == [0, 2, 3]
     assert record["problem"]["longer is better"]["accuracy_longer"] == 1 and "accuracy" in comparison_table(record)
-    assert list((tmp_path / "out" / "prepared" / "verdicts").glob("*.jsonl")) and "wins" in pair_table(record).splitlines()[0]
+    assert (
+        list((tmp_path / "out" / "prepared" / "verdicts").glob("*.jsonl"))
+        and "wins" in pair_table(record).splitlines()[0]
+    )
     assert [line.split()[0] for line in pair_table(record).splitlines()[2:]] == ["start", "longer", "dpo", "tdpo2"]
     assert comparison_figure(record).axes[0].get_ylabel() == "accuracy on held-out pairs"
     monkeypatch.setattr(pretrained.prepare, "sft", None)       # the stage is on disk: nothing may be tuned again
     problem = prepare_pairs(replace(QUICK, **more), tmp_path / "out" / "prepared", progress=False)
-    assert not torch.equal(weights(problem.policy), weights(load_model(named))) and (problem.adapter is None) == (rank == 0)
+    assert not torch.equal(weights(problem.policy), weights(load_model(named))) and (problem.adapter is None) == (
+        rank == 0
+    )
     assert not list((tmp_path / "out" / "prepared").glob("*.checkpoints"))
 
 
@@ -201,16 +287,30 @@ def test_chat_messages_go_through_the_template(named, tmp_path):
     tokenizer.save_pretrained(named)
     rows = [{"prompt": f"What is {i}?", "chosen": f"It is {i}.", "rejected": "No idea."} for i in range(20)]
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    problem = prepare_pairs(replace(QUICK, model=named, source=str(tmp_path / "pairs.jsonl"), as_messages=True, eval_pairs=5), tmp_path, progress=False)
-    assert tokenizer.decode(problem.train[0]["prompt_ids"]).replace(" ", "").endswith("assistant:") and problem.train["chosen_words"][0] == 3
+    problem = prepare_pairs(
+        replace(QUICK, model=named, source=str(tmp_path / "pairs.jsonl"), as_messages=True, eval_pairs=5),
+        tmp_path,
+        progress=False,
+    )
+    assert (
+        tokenizer.decode(problem.train[0]["prompt_ids"]).replace(" ", "").endswith("assistant:")
+        and problem.train["chosen_words"][0] == 3
+    )
     with pytest.raises(ValueError, match="no chat template"):
-        prepare_pairs(replace(QUICK, source=str(tmp_path / "pairs.jsonl"), as_messages=True, eval_pairs=5), tmp_path, progress=False)
+        prepare_pairs(
+            replace(QUICK, source=str(tmp_path / "pairs.jsonl"), as_messages=True, eval_pairs=5),
+            tmp_path,
+            progress=False,
+        )
 
 
 def test_a_run_that_nobody_made_is_announced(tmp_path, capsys):
     (tmp_path / "dialogue-nano.json").write_text('{"seeds": [0]}', encoding="utf-8")
     assert measured_runs("dialogue", ("nano", "paper"), tmp_path) == {"nano": {"seeds": [0]}}
-    assert capsys.readouterr().out == "paper: no run yet. It is made with: tokpref compare --task dialogue --profile paper\n"
+    assert (
+        capsys.readouterr().out
+        == "paper: no run yet. It is made with: tokpref compare --task dialogue --profile paper\n"
+    )
 
 
 @pytest.mark.parametrize("place", ["here", "beside"])
@@ -233,7 +333,8 @@ def test_results_are_those_of_the_checkout_or_of_a_named_folder(tmp_path, monkey
     monkeypatch.delenv("TOKPREF_RESULTS", raising=False)
     (tmp_path / "results").mkdir()
     (tmp_path / "nbs" / "deep").mkdir(parents=True)
-    with pytest.raises(FileNotFoundError, match="open this page in a checkout"): results_folder(tmp_path / "nbs" / "deep")
+    with pytest.raises(FileNotFoundError, match="open this page in a checkout"):
+        results_folder(tmp_path / "nbs" / "deep")
     (tmp_path / "settings.ini").touch()
     assert results_folder(tmp_path / "nbs" / "deep") == tmp_path / "results"
     monkeypatch.chdir(tmp_path / "nbs" / "deep")
@@ -255,17 +356,26 @@ def test_fine_tuning_with_another_optimiser_is_another_stage():
 def test_every_profile_is_sound(name):
     "Losses, steps and batches of every profile fit together; the first one is the one that needs neither network nor card."
     profiles = find_task(name).profiles
-    assert list(profiles) == ["nano", "smoke", "colab", "paper"] and profiles["nano"].model == profiles["smoke"].model == "scratch"
+    assert (
+        list(profiles) == ["nano", "smoke", "colab", "paper"]
+        and profiles["nano"].model == profiles["smoke"].model == "scratch"
+    )
     for config in profiles.values():
         assert set(resolve_losses(None, config)) == set(config.losses) and config.steps % config.eval_steps == 0
-        assert pretrained.accumulation(config.batch_size, config.micro_batch) and pretrained.accumulation(config.sft_batch, config.micro_batch)
-        assert config.max_prompt_length < config.max_length and (config.model == "scratch") == (config.lora_rank == 0 and "pythia-2.8b" not in config.model)
+        assert pretrained.accumulation(config.batch_size, config.micro_batch) and pretrained.accumulation(
+            config.sft_batch, config.micro_batch
+        )
+        assert config.max_prompt_length < config.max_length and (config.model == "scratch") == (
+            config.lora_rank == 0 and "pythia-2.8b" not in config.model
+        )
 
 
 @pytest.mark.parametrize("name", ["dialogue", "instructions"])
 def test_smoke_needs_no_data(name, tmp_path, monkeypatch):
     monkeypatch.delenv("TOKPREF_DATA", raising=False)
-    record = compare(name, "smoke", out=tmp_path, overrides={"steps": 2, "eval_steps": 1, "lm_tokens": 5000}, progress=False)
+    record = compare(
+        name, "smoke", out=tmp_path, overrides={"steps": 2, "eval_steps": 1, "lm_tokens": 5000}, progress=False
+    )
     assert not any("error" in run for run in record["runs"]) and len(record["runs"]) == 2
 
 
@@ -280,20 +390,42 @@ def test_suites_are_asked_for_one_by_one(tmp_path, monkeypatch):
 
     def simple_evaluate(**said):
         asked.append(said)
-        return {"results": {said["tasks"][0]: {"alias": "x", "acc,none": 0.25, "acc_stderr,none": 0.01, "acc_norm,none": 0.5, "acc_norm_stderr,none": "N/A"}}}
+        return {
+            "results": {
+                said["tasks"][0]: {
+                    "alias": "x",
+                    "acc,none": 0.25,
+                    "acc_stderr,none": 0.01,
+                    "acc_norm,none": 0.5,
+                    "acc_norm_stderr,none": "N/A",
+                }
+            }
+        }
 
     module = types.ModuleType("lm_eval")
     module.simple_evaluate = simple_evaluate
     monkeypatch.setitem(sys.modules, "lm_eval", module)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
-    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "some/base"}), encoding="utf-8")
+    (tmp_path / "adapter_config.json").write_text(
+        json.dumps({"base_model_name_or_path": "some/base"}), encoding="utf-8"
+    )
     suites = {"winogrande": (5, "acc"), "hellaswag": (10, "acc_norm")}
-    assert run_suites(tmp_path, suites, limit=3) == {"winogrande": {"value": 0.25, "se": 0.01}, "hellaswag": {"value": 0.5}}
-    assert [(a["tasks"], a["num_fewshot"], a["model"], a["limit"]) for a in asked] == [(["winogrande"], 5, "hf", 3), (["hellaswag"], 10, "hf", 3)]
+    assert run_suites(tmp_path, suites, limit=3) == {
+        "winogrande": {"value": 0.25, "se": 0.01},
+        "hellaswag": {"value": 0.5},
+    }
+    assert [(a["tasks"], a["num_fewshot"], a["model"], a["limit"]) for a in asked] == [
+        (["winogrande"], 5, "hf", 3),
+        (["hellaswag"], 10, "hf", 3),
+    ]
     assert asked[0]["model_args"] == {"pretrained": "some/base", "peft": str(tmp_path)}
     with pytest.raises(ValueError, match="name another metric"): run_suites(tmp_path, {"gsm8k": (5, "exact_match")})
 
 
 def test_one_dataset_of_made_up_pairs(tmp_path):
     pairs = made_up_pairs(50, seed=3)
-    assert isinstance(pairs, Dataset) and pairs[:] == made_up_pairs(50, seed=3)[:] and all(a != b for a, b in zip(pairs["chosen"], pairs["rejected"]))
+    assert (
+        isinstance(pairs, Dataset)
+        and pairs[:] == made_up_pairs(50, seed=3)[:]
+        and all(a != b for a, b in zip(pairs["chosen"], pairs["rejected"]))
+    )

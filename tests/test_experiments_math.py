@@ -1,4 +1,5 @@
 """Stories with sums: every problem has one solution, the checker finds where another breaks, and no list of problems knows another."""
+
 import re
 from dataclasses import replace
 
@@ -33,7 +34,10 @@ def test_solutions_calculate_and_lead_to_the_answer():
     for p in PROBLEMS:
         sums = [re.search(r"(\d+) ([-+*/]) (\d+) = (\d+)", step).groups() for step in p.steps]
         assert 2 <= len(sums) <= 4 and int(sums[-1][3]) == p.answer
-        for a, op, b, c in sums: assert {"+": int(a) + int(b), "-": int(a) - int(b), "*": int(a) * int(b), "/": int(a) / int(b)}[op] == int(c)
+        for a, op, b, c in sums:
+            assert {"+": int(a) + int(b), "-": int(a) - int(b), "*": int(a) * int(b), "/": int(a) / int(b)}[op] == int(
+                c
+            )
         assert all(0 < int(c) <= 199 for *_, c in sums)
 
 
@@ -64,7 +68,10 @@ def test_text_behind_the_answer_or_none_at_all_is_no_right_end():
     assert check_solution(p, "").step == 0 and final_answer("####") is None
 
 
-@pytest.mark.parametrize("text, value", [("#### 1,234", 1234), ("A: 5", 5), ("#### 3\n#### 4", 4), ("#### -2", -2), ("A: $12.50", 12.5), ("12", None)])
+@pytest.mark.parametrize(
+    "text, value",
+    [("#### 1,234", 1234), ("A: 5", 5), ("#### 3\n#### 4", 4), ("#### -2", -2), ("A: $12.50", 12.5), ("12", None)],
+)
 def test_final_answer(text, value): assert final_answer(text) == value
 
 
@@ -75,14 +82,25 @@ def test_a_careless_pupil_errs_in_one_way_and_goes_on_with_his_own_numbers():
             assert own.question == p.question and final_answer(own.solution) == own.answer
             kinds = {check_solution(p, own.solution).kind}
             assert kinds <= {"carry": {"", "slip"}, "sign": {"", "plan"}, "early": {"plan"}}[way], (p, own)
-    p = next(p for p in PROBLEMS if [" + " in s for s in p.steps] == [True, True] and check_solution(p, careless_solution(p, "carry").solution).step == 0)
+    p = next(
+        p
+        for p in PROBLEMS
+        if [" + " in s for s in p.steps] == [True, True]
+        and check_solution(p, careless_solution(p, "carry").solution).step == 0
+    )
     first, second = (re.findall(r"\d+", s) for s in careless_solution(p, "carry").steps)
     assert int(first[2]) == int(first[0]) + int(first[1]) - 10 and first[2] in second[:2]
     with pytest.raises(ValueError, match="carry, sign, early"): careless_solution(p, "late")
 
 
 def test_no_problem_is_in_two_lists(monkeypatch):
-    config = replace(find_task("math").profiles["smoke"], lm_problems=300, train_problems=100, eval_pair_problems=50, eval_problems=50)
+    config = replace(
+        find_task("math").profiles["smoke"],
+        lm_problems=300,
+        train_problems=100,
+        eval_pair_problems=50,
+        eval_problems=50,
+    )
     lists = split_problems(config)
     questions = [p.question for part in lists.values() for p in part]
     assert len(set(questions)) == len(questions) == 500 and split_problems(config) == lists
@@ -104,12 +122,23 @@ def test_pairs_are_right_against_wrong_and_drawn_by_the_seed():
     marked = marked_samples(samples, [p])
     assert marked["right"] == [True] * 3 + [False] * 5
     pairs = solution_pairs(marked, 2, seed=0)
-    assert len(pairs) == 2 and set(pairs["chosen"]) == {p.solution} and len(set(pairs["rejected"])) == 2 and set(pairs["rejected"]) <= set(wrong)
-    assert {tuple(sorted(solution_pairs(marked, 2, seed)["rejected"])) for seed in range(8)} != {tuple(sorted(pairs["rejected"]))}
-    with pytest.raises(ValueError, match="no problem has a right and a wrong sample"): solution_pairs(marked.select([0, 1]), 2, 0)
+    assert (
+        len(pairs) == 2
+        and set(pairs["chosen"]) == {p.solution}
+        and len(set(pairs["rejected"])) == 2
+        and set(pairs["rejected"]) <= set(wrong)
+    )
+    assert {tuple(sorted(solution_pairs(marked, 2, seed)["rejected"])) for seed in range(8)} != {
+        tuple(sorted(pairs["rejected"]))
+    }
+    with pytest.raises(ValueError, match="no problem has a right and a wrong sample"):
+        solution_pairs(marked.select([0, 1]), 2, 0)
     numbers = breaks(samples, [p])
     assert numbers["break_step"] == len(p.steps) + 1 and numbers["slips"] == numbers["plans"] == numbers["lucky"] == 0
-    assert torch.equal(exact_match(samples.prompts, samples.responses, {tuple(samples.prompts[0]): p.answer}), torch.tensor([1.0] * 3 + [0.0] * 5))
+    assert torch.equal(
+        exact_match(samples.prompts, samples.responses, {tuple(samples.prompts[0]): p.answer}),
+        torch.tensor([1.0] * 3 + [0.0] * 5),
+    )
 
 
 def test_words_that_are_not_known_are_an_error_of_the_settings():
@@ -126,25 +155,51 @@ def test_smoke_end_to_end(tmp_path, monkeypatch):
     monkeypatch.delenv("TOKPREF_DATA", raising=False)
     quick = {"lm_tokens": 120_000, "mixed_tokens": 20_000, "steps": 2, "eval_steps": 1, "eval_problems": 8}
     record = compare("math", "smoke", losses=["adpo-m4"], seeds=(0, 1), out=tmp_path, overrides=quick, progress=False)
-    assert record["start"]["kl"] == pytest.approx(0, abs=1e-6) and {"greedy", "solved_any", "break_step", "lucky"} <= set(record["start"])
-    assert record["problem"]["train_pairs"] == sum(record["problem"]["kinds"].values()) and [run["seed"] for run in record["runs"]] == [0, 1]
+    assert record["start"]["kl"] == pytest.approx(0, abs=1e-6) and {
+        "greedy",
+        "solved_any",
+        "break_step",
+        "lucky",
+    } <= set(record["start"])
+    assert record["problem"]["train_pairs"] == sum(record["problem"]["kinds"].values()) and [
+        run["seed"] for run in record["runs"]
+    ] == [0, 1]
     assert find_task("math").configure()[0] == "nano"
 
 
 def test_own_samples_of_a_model_in_a_folder(tmp_path):
     "The way of the profiles `colab` and `paper`, with a small model and stories in the place of GSM8K."
-    config = GSM8KConfig(model=str(tmp_path / "model"), questions="stories", completions=6, train_questions=60, test_questions=8, lora_rank=4, max_length=160,
-                         max_new_tokens=40, eval_batch=64, steps=2, eval_steps=1, batch_size=8, micro_batch=4, beta=1.0, learning_rate=1e-3)
+    config = GSM8KConfig(
+        model=str(tmp_path / "model"),
+        questions="stories",
+        completions=6,
+        train_questions=60,
+        test_questions=8,
+        lora_rank=4,
+        max_length=160,
+        max_new_tokens=40,
+        eval_batch=64,
+        steps=2,
+        eval_steps=1,
+        batch_size=8,
+        micro_batch=4,
+        beta=1.0,
+        learning_rate=1e-3,
+    )
     texts = [f"{p.prompt} {p.solution}" for p in gsm8k.gsm8k_problems(config, "train")]
     tokenizer = train_tokenizer(texts, 360)
-    small = ScratchConfig(hidden_size=64, layers=1, heads=2, context=128, lm_tokens=250_000, lm_batch=16, lm_learning_rate=1e-2)
+    small = ScratchConfig(
+        hidden_size=64, layers=1, heads=2, context=128, lm_tokens=250_000, lm_batch=16, lm_learning_rate=1e-2
+    )
     model = fresh_model(tokenizer, small)
     train_lm(model, [tokenizer(text)["input_ids"] + [tokenizer.eos_token_id] for text in texts], small)
     model.save_pretrained(tmp_path / "model"), tokenizer.save_pretrained(tmp_path / "model")
     TASKS["gsm8k-test"] = replace(find_task("math"), name="gsm8k-test", profiles={"only": config})
     try: record = compare("gsm8k-test", losses=["dpo"], out=tmp_path / "out", progress=False)
     finally: del TASKS["gsm8k-test"]
-    assert record["problem"]["train_pairs"] > 8 and {"reward", "greedy", "accuracy"} <= set(record["runs"][0]["metrics"])
+    assert record["problem"]["train_pairs"] > 8 and {"reward", "greedy", "accuracy"} <= set(
+        record["runs"][0]["metrics"]
+    )
     assert record["start"]["kl"] == pytest.approx(0, abs=1e-5) and record["runs"][0]["metrics"]["kl"] != 0
 
 
@@ -155,10 +210,27 @@ def test_accuracies_by_author():
 
 @pytest.mark.skipif(not data.data_root(), reason="needs the data")
 def test_given_pairs_know_their_authors(tmp_path):
-    quick = {"lm_tokens": 20_000, "hidden_size": 32, "layers": 1, "heads": 2, "train_pairs": 16, "eval_pairs": 24, "prompts": 2, "max_new_tokens": 8, "steps": 2,
-             "eval_steps": 2, "batch_size": 4}
+    quick = {
+        "lm_tokens": 20_000,
+        "hidden_size": 32,
+        "layers": 1,
+        "heads": 2,
+        "train_pairs": 16,
+        "eval_pairs": 24,
+        "prompts": 2,
+        "max_new_tokens": 8,
+        "steps": 2,
+        "eval_steps": 2,
+        "batch_size": 4,
+    }
     record = compare("math", "pairs", losses=["dpo"], seeds=[0], out=tmp_path, overrides=quick, progress=False)
     found = record["runs"][0]["metrics"]
-    assert min(found["accuracy_person"], found["accuracy_model"]) <= found["accuracy"] <= max(found["accuracy_person"], found["accuracy_model"])
+    assert (
+        min(found["accuracy_person"], found["accuracy_model"])
+        <= found["accuracy"]
+        <= max(found["accuracy_person"], found["accuracy_model"])
+    )
     test = gsm8k.gsm8k_problems(GSM8KConfig(test_questions=5), "test")
-    assert all(final_answer(p.solution) == p.answer and "<<" not in p.solution for p in test) and test[0].prompt.startswith("Question: ")
+    assert all(final_answer(p.solution) == p.answer and "<<" not in p.solution for p in test) and test[
+        0
+    ].prompt.startswith("Question: ")

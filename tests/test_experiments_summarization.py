@@ -3,12 +3,27 @@ import json
 
 import pytest
 
-from tokpref.experiments.tasks import summarization
 from tokpref.experiments.compare import compare, find_task
 from tokpref.experiments.judges import longer_is_better
-from tokpref.experiments.tasks.summarization import SummarizationConfig, load_posts, made_up_posts, summary_metrics, temperature_table
+from tokpref.experiments.tasks import summarization
+from tokpref.experiments.tasks.summarization import (
+    SummarizationConfig,
+    load_posts,
+    made_up_posts,
+    summary_metrics,
+    temperature_table,
+)
 
-QUICK = {"train_pairs": 40, "eval_pairs": 16, "lm_tokens": 5000, "steps": 2, "eval_steps": 1, "posts": 6, "prompts": 4, "losses": ["dpo"]}
+QUICK = {
+    "train_pairs": 40,
+    "eval_pairs": 16,
+    "lm_tokens": 5000,
+    "steps": 2,
+    "eval_steps": 1,
+    "posts": 6,
+    "prompts": 4,
+    "losses": ["dpo"],
+}
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +54,10 @@ def test_the_rule_of_length_is_what_the_lengths_say(model, tokenizer):
 def test_posts_are_unseen_and_drawn_once():
     config = SummarizationConfig(source="made-up", posts=20)
     assert load_posts(config) == load_posts(config) and len({post for post, _ in load_posts(config)}) == 20
-    assert all(post.startswith("SUBREDDIT: r/") and post.endswith("TL;DR:") and summary[0] == " " for post, summary in load_posts(config))
+    assert all(
+        post.startswith("SUBREDDIT: r/") and post.endswith("TL;DR:") and summary[0] == " "
+        for post, summary in load_posts(config)
+    )
     with pytest.raises(ValueError, match="lower it"): load_posts(SummarizationConfig(source="made-up", posts=10**5))
 
 
@@ -54,10 +72,22 @@ def test_a_judge_without_a_key_stops_before_any_loss_is_trained(tmp_path, monkey
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     monkeypatch.setattr("tokpref.experiments.compare.run.train_one", None)
     with pytest.raises(PermissionError, match="set OPENAI_API_KEY"):
-        compare("summarization", "smoke", out=tmp_path, overrides={**QUICK, "judge": "m@http://127.0.0.1:9/v1"}, progress=False)
+        compare(
+            "summarization",
+            "smoke",
+            out=tmp_path,
+            overrides={**QUICK, "judge": "m@http://127.0.0.1:9/v1"},
+            progress=False,
+        )
 
 
 def test_the_papers_settings():
     _, config = find_task("summarization").configure("paper")
-    assert (config.beta, config.batch_size, config.learning_rate, config.optimizer, config.posts) == (0.5, 64, 1e-6, "rmsprop", 256)
+    assert (config.beta, config.batch_size, config.learning_rate, config.optimizer, config.posts) == (
+        0.5,
+        64,
+        1e-6,
+        "rmsprop",
+        256,
+    )
     assert summarization.SUMMARIZATION.profiles["colab"].judge.startswith("reward:")

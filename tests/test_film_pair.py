@@ -39,11 +39,15 @@ def test_the_tool_records_what_the_package_reads(tool, model, tokenizer, tmp_pat
     rows = Dataset.from_list([{"prompt": "ab c", "chosen": "yes", "rejected": "no"}] * 4)
     problem = Problem(tokenizer, model, rows, rows, evaluate=lambda policy: {}, info={"model": {"parameters": 1}},
                       arguments={"use_cpu": True})
-    config = RunConfig(losses=("dpo", "tbpo_q"), steps=4, batch_size=2, eval_steps=2, learning_rate=1e-2, warmup_steps=0)
+    config = RunConfig(
+        losses=("dpo", "tbpo_q"), steps=4, batch_size=2, eval_steps=2, learning_rate=1e-2, warmup_steps=0
+    )
     file = tmp_path / "pair.json"
     file.write_text(tool.written(tool.film_record(problem, config, config.losses)), encoding="utf-8")
     saved = json.loads(file.read_text(encoding="utf-8"))
-    pair = FilmPair(saved["prompt"], saved["tokens"]["chosen"], saved["tokens"]["rejected"], saved["about"], saved["policies"])
+    pair = FilmPair(
+        saved["prompt"], saved["tokens"]["chosen"], saved["tokens"]["rejected"], saved["about"], saved["policies"]
+    )
     assert pair.steps == [0, 2, 4] and pair.losses == ["dpo", "tbpo_q"]
     for loss in pair.losses:
         start, end = pair.stats(loss, 0)[0], pair.stats(loss)[0]
@@ -73,5 +77,7 @@ def test_the_recorded_pair_is_whole():
 
 @pytest.mark.skipif(shutil.which("pyright") is None, reason="pyright is not installed")
 def test_the_tool_has_no_type_error():
-    done = subprocess.run(["pyright", "--pythonpath", sys.executable, str(TOOL)], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        ["pyright", "--pythonpath", sys.executable, str(TOOL)], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout

@@ -1,4 +1,5 @@
 """`make gpu`: its comparisons are settings that exist, it skips what is there, goes on after a failure and stops when the time is up."""
+
 import importlib.util
 import json
 from pathlib import Path
@@ -22,7 +23,9 @@ def test_comparisons_are_sound(name):
     assert config.hidden_size % config.heads == 0 and config.hidden_size // config.heads % 2 == 0
     assert resolve_losses(None, config, find_task(task).variants)
     own = find_task(task).profiles[profile]
-    assert sum(getattr(config, key) > getattr(own, key) for key in overrides if isinstance(getattr(own, key), int)) >= 4, "larger than what it scales up"
+    assert (
+        sum(getattr(config, key) > getattr(own, key) for key in overrides if isinstance(getattr(own, key), int)) >= 4
+    ), "larger than what it scales up"
 
 
 @pytest.fixture
@@ -32,7 +35,13 @@ def calls(tmp_path, monkeypatch):
     def start(name, seeds, args, target, seconds):
         started.append((name, seeds))
         if name == "engine": return "failed (1)"
-        target.write_text(json.dumps({"complete": seeds == gpu.ALL, "seeds": [0, 1, 2][:seeds]} if name in gpu.COMPARISONS else {"broken": []}))
+        target.write_text(
+            json.dumps(
+                {"complete": seeds == gpu.ALL, "seeds": [0, 1, 2][:seeds]}
+                if name in gpu.COMPARISONS
+                else {"broken": []}
+            )
+        )
         return "done"
     monkeypatch.setattr(gpu, "in_a_process", start)
     monkeypatch.setattr(gpu, "install", lambda device: None)
@@ -44,7 +53,16 @@ def calls(tmp_path, monkeypatch):
 
 def test_parts_in_order_of_value_and_after_a_failure(calls, capsys):
     assert gpu.main([]) == 1
-    assert calls == [("tests", 1), ("engine", 1), ("sentiment", 1), ("math", 1), ("instructions", 1), ("sentiment", gpu.ALL), ("math", gpu.ALL), ("instructions", gpu.ALL)]
+    assert calls == [
+        ("tests", 1),
+        ("engine", 1),
+        ("sentiment", 1),
+        ("math", 1),
+        ("instructions", 1),
+        ("sentiment", gpu.ALL),
+        ("math", gpu.ALL),
+        ("instructions", gpu.ALL),
+    ]
     calls.clear()
     assert gpu.main([]) == 1 and calls == [("engine", 1)], "only what failed is tried again"
     assert capsys.readouterr().out.count("there already") == 7

@@ -1,4 +1,5 @@
 """Judges: verdicts on record, an endpoint that is busy, broken or closed, a reward model, and what length does to a score."""
+
 import json
 import math
 import multiprocessing
@@ -39,7 +40,8 @@ def test_verdicts_are_asked_once_and_in_order(tmp_path):
     cached(["p"], ["x"], ["a"])     # the other order is another question
     assert len(judge.asked) == 4
     assert CachedJudge(None, cached.path, "one")(*PAIRS) == [1, 0.25, 0]
-    with pytest.raises(KeyError, match="no verdict of 'two' in verdicts.jsonl for 3 of 3 pairs"): CachedJudge(None, cached.path, "two")(*PAIRS)
+    with pytest.raises(KeyError, match="no verdict of 'two' in verdicts.jsonl for 3 of 3 pairs"):
+        CachedJudge(None, cached.path, "two")(*PAIRS)
 
 
 def test_a_judge_that_breaks_down_loses_no_finished_batch(tmp_path):
@@ -47,9 +49,13 @@ def test_a_judge_that_breaks_down_loses_no_finished_batch(tmp_path):
         def __call__(self, prompts, first, second):
             if "r" in prompts: raise ConnectionError("gone")
             return super().__call__(prompts, first, second)
-    with pytest.raises(ConnectionError): CachedJudge(Breaks({"p": 1, "q": 0}), tmp_path / "v.jsonl", "j", batch_size=1, progress=False)(*PAIRS)
+
+    with pytest.raises(ConnectionError):
+        CachedJudge(Breaks({"p": 1, "q": 0}), tmp_path / "v.jsonl", "j", batch_size=1, progress=False)(*PAIRS)
     rest = Recorder({"r": 0.5})
-    assert CachedJudge(rest, tmp_path / "v.jsonl", "j", progress=False)(*PAIRS) == [1, 0, 0.5] and rest.asked == [("r", "c", "z")]
+    assert CachedJudge(rest, tmp_path / "v.jsonl", "j", progress=False)(*PAIRS) == [1, 0, 0.5] and rest.asked == [
+        ("r", "c", "z")
+    ]
 
 
 def test_a_line_cut_off_by_a_crash_is_skipped_and_mended(tmp_path, caplog):
@@ -91,11 +97,15 @@ def test_two_processes_share_one_file(tmp_path):
     for writer in writers: writer.join(100)
     assert [writer.exitcode for writer in writers] == [0, 0]
     prompts = {json.loads(line)["prompt"] for line in path.read_text(encoding="utf-8").splitlines()}
-    assert len(prompts) == 90 and CachedJudge(None, path, "j")([*prompts], ["a"] * 90, ["b"] * 90) == [len(x) % 2 for x in prompts]
+    assert len(prompts) == 90 and CachedJudge(None, path, "j")([*prompts], ["a"] * 90, ["b"] * 90) == [
+        len(x) % 2 for x in prompts
+    ]
 
 
 def test_one_process_sees_what_another_wrote(tmp_path):
-    mine, theirs = (CachedJudge(Recorder({"p": 1, "q": 0, "r": 0.5}), tmp_path / "v.jsonl", "j", progress=False) for _ in range(2))
+    mine, theirs = (
+        CachedJudge(Recorder({"p": 1, "q": 0, "r": 0.5}), tmp_path / "v.jsonl", "j", progress=False) for _ in range(2)
+    )
     mine(["p"], ["a"], ["x"]), theirs(*PAIRS)
     assert mine(*PAIRS) == [1, 0, 0.5] and len(mine.judge.asked) == 1 and len(theirs.judge.asked) == 2
 
@@ -107,7 +117,11 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.script, self.requests, self.reply = [], [], lambda a, b: "A" if a.count("x") > b.count("x") else "B" if b.count("x") > a.count("x") else "T"
+        self.script, self.requests, self.reply = (
+            [],
+            [],
+            lambda a, b: "A" if a.count("x") > b.count("x") else "B" if b.count("x") > a.count("x") else "T",
+        )
 
     @property
     def url(self): return f"http://127.0.0.1:{self.server_address[1]}/v1"
@@ -138,14 +152,22 @@ def server(monkeypatch):
     server.shutdown(), server.server_close()
 
 
-def endpoint(server, **options): return EndpointJudge("tiny", server.url, "{prompt}|{first}|{second}", pause=0.001, timeout=5, **options)
+def endpoint(server, **options):
+    return EndpointJudge("tiny", server.url, "{prompt}|{first}|{second}", pause=0.001, timeout=5, **options)
 
 
 def test_an_endpoint_is_asked_in_both_orders(server):
-    result = win_rate(["xx", "", "x"], ["x", "x", "x"], ["p", [{"role": "user", "content": "q"}], "r"], endpoint(server))
+    result = win_rate(
+        ["xx", "", "x"], ["x", "x", "x"], ["p", [{"role": "user", "content": "q"}], "r"], endpoint(server)
+    )
     assert result.scores == [1.0, 0.0, 0.5] and result.consistent == 1 and len(server.requests) == 6
     path, key, body = server.requests[0]
-    assert path == "/v1/chat/completions" and key == "Bearer secret-key" and body["model"] == "tiny" and body["temperature"] == 0
+    assert (
+        path == "/v1/chat/completions"
+        and key == "Bearer secret-key"
+        and body["model"] == "tiny"
+        and body["temperature"] == 0
+    )
     assert any("user: q|" in body["messages"][0]["content"] for _, _, body in server.requests)
 
 
@@ -174,7 +196,9 @@ def test_nobody_there(monkeypatch):
 
 def test_no_key_no_call(server, monkeypatch, tmp_path):
     monkeypatch.delenv("OPENAI_API_KEY")
-    with pytest.raises(PermissionError, match="set OPENAI_API_KEY to your key for http://127.0.0.1.*or choose a judge that needs none"):
+    with pytest.raises(
+        PermissionError, match="set OPENAI_API_KEY to your key for http://127.0.0.1.*or choose a judge that needs none"
+    ):
         CachedJudge(endpoint(server), tmp_path / "v.jsonl")(["p"], ["x"], [""])
     assert not server.requests and not (tmp_path / "v.jsonl").exists()
 
@@ -188,21 +212,43 @@ def test_what_is_on_record_needs_no_key(server, monkeypatch, tmp_path):
 
 
 def test_another_question_is_another_judge():
-    names = {EndpointJudge("m", template=judges.BETTER_ANSWER).name, EndpointJudge("m", template=judges.BETTER_SUMMARY).name,
-             EndpointJudge("n").name, EndpointJudge("m", options={"temperature": 1}).name}
+    names = {
+        EndpointJudge("m", template=judges.BETTER_ANSWER).name,
+        EndpointJudge("m", template=judges.BETTER_SUMMARY).name,
+        EndpointJudge("n").name,
+        EndpointJudge("m", options={"temperature": 1}).name,
+    }
     assert len(names) == 4 and EndpointJudge("m").name in names
     with pytest.raises(ValueError, match="no {second}"): EndpointJudge("m", template="{prompt} {first}")
 
 
 def test_a_reply_without_a_letter_is_left_out(server, tmp_path):
     server.reply = lambda a, b: "A" if "x" in a + b else "Both are lovely."
-    result = win_rate(["x", ""], ["", ""], ["p", "q"], CachedJudge(endpoint(server), tmp_path / "v.jsonl", progress=False))
+    result = win_rate(
+        ["x", ""], ["", ""], ["p", "q"], CachedJudge(endpoint(server), tmp_path / "v.jsonl", progress=False)
+    )
     assert result.unread == 1 and result.rate.n == 1 and result.scores[0] == 0.5 and math.isnan(result.scores[1])
 
 
-@pytest.mark.parametrize("reply, verdict", [
-    ("A", 1), ("B.", 0), (" T\n", 0.5), ("**A**", 1), ("Answer: B", 0), ("(T)", 0.5), ("The better one is answer A.", 1), ("", None),
-    ("I prefer the first", None), ("a", None), ("DATA", None), ("A is better", None), ("that's B", 0), ("it isn'T", None)])
+@pytest.mark.parametrize(
+    "reply, verdict",
+    [
+        ("A", 1),
+        ("B.", 0),
+        (" T\n", 0.5),
+        ("**A**", 1),
+        ("Answer: B", 0),
+        ("(T)", 0.5),
+        ("The better one is answer A.", 1),
+        ("", None),
+        ("I prefer the first", None),
+        ("a", None),
+        ("DATA", None),
+        ("A is better", None),
+        ("that's B", 0),
+        ("it isn'T", None),
+    ],
+)
 def test_replies(reply, verdict): assert judges.read_verdict(reply) == verdict
 
 
@@ -212,7 +258,16 @@ def test_replies(reply, verdict): assert judges.read_verdict(reply) == verdict
 def reward_folder(tmp_path, tokenizer):
     from transformers import GPT2Config, GPT2ForSequenceClassification
     torch.manual_seed(0)
-    config = GPT2Config(vocab_size=64, n_positions=64, n_embd=16, n_layer=1, n_head=2, num_labels=1, pad_token_id=0, initializer_range=0.5)
+    config = GPT2Config(
+        vocab_size=64,
+        n_positions=64,
+        n_embd=16,
+        n_layer=1,
+        n_head=2,
+        num_labels=1,
+        pad_token_id=0,
+        initializer_range=0.5,
+    )
     GPT2ForSequenceClassification(config).save_pretrained(tmp_path / "rm"), tokenizer.save_pretrained(tmp_path / "rm")
     return str(tmp_path / "rm")
 
@@ -221,7 +276,10 @@ def test_a_reward_model_gives_bradley_terry_probabilities(reward_folder):
     judge = RewardJudge(reward_folder, batch_size=2, max_length=64)
     prompts, first, second = ["say yes", "go on", "say yes"], ["yes", "and so on", "no"], ["no, never", "stop", "yes"]
     a, b = (torch.tensor(judge.scores(prompts, column)) for column in (first, second))
-    assert torch.allclose(torch.tensor(judge(prompts, first, second)), torch.sigmoid(a - b), atol=1e-6) and len(set(a.tolist())) == 3
+    assert (
+        torch.allclose(torch.tensor(judge(prompts, first, second)), torch.sigmoid(a - b), atol=1e-6)
+        and len(set(a.tolist())) == 3
+    )
     one = RewardJudge(reward_folder, batch_size=1, max_length=64).scores(prompts, first)
     assert torch.allclose(torch.tensor(one), a, atol=1e-5), "padding changes no score"
     assert win_rate(first, second, prompts, judge).first.value == pytest.approx(0.5)
@@ -231,9 +289,15 @@ def test_a_reward_model_counts_with_what_the_card_has(reward_folder, monkeypatch
     "bfloat16 only where it isn't emulated."
     asked = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(judges.reward_model.AutoModelForSequenceClassification, "from_pretrained", lambda name, dtype: asked.append(dtype) or 1 / 0)
+    monkeypatch.setattr(
+        judges.reward_model.AutoModelForSequenceClassification,
+        "from_pretrained",
+        lambda name, dtype: asked.append(dtype) or 1 / 0,
+    )
     for own in (True, False):
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: own or including_emulation)
+        monkeypatch.setattr(
+            torch.cuda, "is_bf16_supported", lambda including_emulation=True: own or including_emulation
+        )
         with pytest.raises(ZeroDivisionError): RewardJudge(str(reward_folder)).parts
     assert asked == [torch.bfloat16, torch.float16]
 
@@ -264,7 +328,8 @@ def test_judges_by_word(reward_folder, tmp_path):
     with pytest.raises(FileNotFoundError, match="record verdicts"): open_judge("recorded:nowhere.jsonl", tmp_path)
 
 
-def test_longer_is_better(): assert longer_is_better([""] * 3, ["a b", "a", "a"], ["a", "a b", "longerword"]) == [1.0, 0.0, 0.5]
+def test_longer_is_better():
+    assert longer_is_better([""] * 3, ["a b", "a", "a"], ["a", "a b", "longerword"]) == [1.0, 0.0, 0.5]
 
 
 def test_comparisons():

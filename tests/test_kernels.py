@@ -13,7 +13,7 @@ from tokpref import LOSSES, pair_loss
 from tokpref.engine import kernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-pytestmark = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")      # NumPy's, of what the kernels mask out
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # NumPy's, of what the kernels mask out
 
 
 def close(ours, plain, tolerance=1e-5):

@@ -1,4 +1,5 @@
 """What the trainer says before the first step, and what it computes where precision, adapters and precomputed numbers meet."""
+
 import copy
 import doctest
 import logging
@@ -29,8 +30,16 @@ PAIRS = [{"prompt": f"say {word} ", "chosen": word + "!", "rejected": other + ",
 def make(model, tokenizer, tmp_path):
     "A trainer on a copy of the tiny model and six pairs; what belongs to the trainer itself goes by `trainer=`."
     def make(trainer=None, **settings):
-        common = dict(output_dir=str(tmp_path / "out"), report_to="none", disable_tqdm=True, use_cpu=True, save_strategy="no", max_steps=1,
-                      per_device_train_batch_size=6, per_device_eval_batch_size=6)
+        common = dict(
+            output_dir=str(tmp_path / "out"),
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=True,
+            save_strategy="no",
+            max_steps=1,
+            per_device_train_batch_size=6,
+            per_device_eval_batch_size=6,
+        )
         options = dict(model=copy.deepcopy(model), train_dataset=PAIRS, processing_class=tokenizer) | (trainer or {})
         return PreferenceTrainer(args=PreferenceConfig(**{**common, **settings}), **options)
     return make
@@ -46,7 +55,9 @@ def shifted(model: nn.Module, by: float = 0.1) -> nn.Module:
 
 def adapted(model: nn.Module) -> PeftModel:
     "A copy with an adapter that is not zero."
-    config = LoraConfig(r=2, target_modules=["c_attn"], init_lora_weights=False, fan_in_fan_out=True, task_type="CAUSAL_LM")
+    config = LoraConfig(
+        r=2, target_modules=["c_attn"], init_lora_weights=False, fan_in_fan_out=True, task_type="CAUSAL_LM"
+    )
     return get_peft_model(copy.deepcopy(model), config)
 
 
@@ -69,13 +80,23 @@ def test_an_adapter_by_name_can_be_trained(make, model, tmp_path):
     assert isinstance(trainer.model, PeftModel) and isinstance(trainer.ref_model, PeftModel)
     before = [p.clone() for p in trainer.model.parameters() if p.requires_grad]
     trainer.train()
-    assert any((a != b).any() for a, b in zip(before, (p for p in trainer.model.parameters() if p.requires_grad), strict=True))
+    assert any(
+        (a != b).any() for a, b in zip(before, (p for p in trainer.model.parameters() if p.requires_grad), strict=True)
+    )
 
 
 def test_a_model_without_trainable_weights_is_refused(make, model):
-    with pytest.raises(ValueError, match="no weight of the model is trainable: load the adapter with is_trainable=True, or pass peft_config"):
+    with pytest.raises(
+        ValueError,
+        match="no weight of the model is trainable: load the adapter with is_trainable=True, or pass peft_config",
+    ):
         make(dict(model=copy.deepcopy(model).requires_grad_(False)))
-    make(dict(model=copy.deepcopy(model).requires_grad_(False), peft_config=LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True)))
+    make(
+        dict(
+            model=copy.deepcopy(model).requires_grad_(False),
+            peft_config=LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True),
+        )
+    )
 
 
 def test_weights_too_coarse_for_their_updates_are_told(make, model, caplog):
@@ -83,13 +104,29 @@ def test_weights_too_coarse_for_their_updates_are_told(make, model, caplog):
         make()
         assert not caplog.messages
         make(dict(model=copy.deepcopy(model).bfloat16()))
-    assert ["trained weights are bfloat16, in which small updates are lost" in said for said in caplog.messages] == [True]
+    assert ["trained weights are bfloat16, in which small updates are lost" in said for said in caplog.messages] == [
+        True
+    ]
 
 
 def test_dropout_is_off_wherever_a_model_keeps_it():
-    opt = OPTForCausalLM(OPTConfig(vocab_size=64, hidden_size=16, ffn_dim=16, num_hidden_layers=1, num_attention_heads=2, word_embed_proj_dim=16,
-                                   max_position_embeddings=32, dropout=0.5, attention_dropout=0.5, layerdrop=0.5))
-    bloom = BloomForCausalLM(BloomConfig(vocab_size=64, hidden_size=16, n_layer=1, n_head=2, hidden_dropout=0.5, attention_dropout=0.5))
+    opt = OPTForCausalLM(
+        OPTConfig(
+            vocab_size=64,
+            hidden_size=16,
+            ffn_dim=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            word_embed_proj_dim=16,
+            max_position_embeddings=32,
+            dropout=0.5,
+            attention_dropout=0.5,
+            layerdrop=0.5,
+        )
+    )
+    bloom = BloomForCausalLM(
+        BloomConfig(vocab_size=64, hidden_size=16, n_layer=1, n_head=2, hidden_dropout=0.5, attention_dropout=0.5)
+    )
     other = nn.ModuleList([nn.Dropout1d(0.5), nn.AlphaDropout(0.5), nn.LSTM(2, 2, 2, dropout=0.5)])
     ids = torch.arange(12)[None]
     for model in (opt, bloom):
@@ -112,26 +149,35 @@ def test_precomputed_log_probs_have_the_precision_of_the_run(make, tmp_path, cac
 
 def test_a_precomputed_reference_is_the_one_that_was_given(make, model):
     given = dict(model=adapted(model), ref_model=shifted(model), eval_dataset=PAIRS)
-    live, stored = (make({**given, "model": copy.deepcopy(given["model"])}, precompute_ref_logps=on).evaluate() for on in (False, True))
-    for name in ("eval_loss", "eval_rewards/chosen", "eval_rewards/rejected"): assert stored[name] == pytest.approx(live[name], abs=1e-5)
+    live, stored = (
+        make({**given, "model": copy.deepcopy(given["model"])}, precompute_ref_logps=on).evaluate()
+        for on in (False, True)
+    )
+    for name in ("eval_loss", "eval_rewards/chosen", "eval_rewards/rejected"):
+        assert stored[name] == pytest.approx(live[name], abs=1e-5)
     assert "eval_kl/chosen" in live and "eval_kl/chosen" not in stored
 
 
 def test_a_cache_tells_references_apart_that_differ_in_their_adapter(make, model, tmp_path):
     first, second = adapted(model), adapted(model)
-    numbers = lambda ref_model, **cache: make(dict(ref_model=ref_model), precompute_ref_logps=True, **cache).train_dataset["chosen_ref_logps"][0]
+    numbers = lambda ref_model, **cache: make(
+        dict(ref_model=ref_model), precompute_ref_logps=True, **cache
+    ).train_dataset["chosen_ref_logps"][0]
     cache = dict(ref_cache=str(tmp_path / "cache"))
     assert numbers(first, **cache) == numbers(first) != numbers(second) == numbers(second, **cache)
     assert numbers(None, **cache) == numbers(None) and len(list((tmp_path / "cache").iterdir())) == 3
-    for policy in (adapted(model), adapted(model)):      # switched off they are one reference, which is scored once
-        assert make(dict(model=policy), reference_without_adapter=True, precompute_ref_logps=True, **cache).train_dataset["chosen_ref_logps"][0] == numbers(None)
+    for policy in (adapted(model), adapted(model)):  # switched off they are one reference, which is scored once
+        assert make(
+            dict(model=policy), reference_without_adapter=True, precompute_ref_logps=True, **cache
+        ).train_dataset["chosen_ref_logps"][0] == numbers(None)
     assert len(list((tmp_path / "cache").iterdir())) <= 4
 
 
 def test_rows_without_the_numbers_of_a_reference_that_is_gone_are_refused(make, model):
     for policy in (model, adapted(model)):
         trainer = make(dict(model=policy, ref_model=shifted(model)), precompute_ref_logps=True)
-        with pytest.raises(ValueError, match="precompute_ref_logps has let go of the reference: .*eval_dataset"): trainer.evaluate(PAIRS)
+        with pytest.raises(ValueError, match="precompute_ref_logps has let go of the reference: .*eval_dataset"):
+            trainer.evaluate(PAIRS)
     base = dict(reference_without_adapter=True, precompute_ref_logps=True)
     assert make(dict(model=adapted(model)), **base).evaluate(PAIRS)["eval_kl/chosen"] > 0
 
@@ -225,10 +271,15 @@ def test_datasets_are_taken_in_every_form(make, model, tokenizer):
 
 def test_arguments_of_the_chat_template_reach_it(make, tokenizer):
     talk = lambda text, role="assistant": [{"role": role, "content": text}]
-    rows = [{"prompt": talk(p["prompt"], "user"), "chosen": talk(p["chosen"]), "rejected": talk(p["rejected"])} for p in PAIRS]
+    rows = [
+        {"prompt": talk(p["prompt"], "user"), "chosen": talk(p["chosen"]), "rejected": talk(p["rejected"])}
+        for p in PAIRS
+    ]
     tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.chat_template = ("{% for m in messages %}{% if m.role == 'assistant' %}{{ header }}{% endif %}{{ m.content }}{% endfor %}"
-                               "{% if add_generation_prompt %}{{ header }}{% endif %}")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}{{ header }}{% endif %}{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ header }}{% endif %}"
+    )
     for given in ({"header": "so: "}, '{"header": "so: "}'):
         trainer = make(dict(train_dataset=rows, processing_class=tokenizer), chat_template_kwargs=given)
         assert tokenizer.decode(trainer.train_dataset[0]["prompt_ids"]).replace(" ", "") == "sayyesso:"
@@ -323,7 +374,11 @@ def test_arguments_of_another_kind_are_refused(model, tokenizer, tmp_path):
 
 def test_one_process_with_two_gpus_is_refused(make, monkeypatch):
     monkeypatch.setattr(PreferenceConfig, "n_gpu", 2)
-    with pytest.raises(ValueError, match="one process sees 2 GPUs: start with torchrun --nproc-per-node 2, or set CUDA_VISIBLE_DEVICES=0"): make()
+    with pytest.raises(
+        ValueError,
+        match="one process sees 2 GPUs: start with torchrun --nproc-per-node 2, or set CUDA_VISIBLE_DEVICES=0",
+    ):
+        make()
 
 
 def _centred(chosen, rejected, beta=0.1):
@@ -333,7 +388,9 @@ def _centred(chosen, rejected, beta=0.1):
 
 def test_a_token_budget_is_refused_only_where_it_changes_the_loss(make, monkeypatch, model):
     monkeypatch.setitem(LOSSES, "centred", LossSpec(_centred, source="here"))
-    with pytest.raises(ValueError, match="token_budget would change the loss: 'centred' of a pair depends on the other pairs"):
+    with pytest.raises(
+        ValueError, match="token_budget would change the loss: 'centred' of a pair depends on the other pairs"
+    ):
         make(loss="centred", one_pass=False, token_budget=64)
     for name in LOSSES:
         if name != "centred": make(loss=name, loss_options={"window": 2} if name == "adpo" else None, token_budget=64)
@@ -344,12 +401,24 @@ def test_a_token_budget_is_refused_only_where_it_changes_the_loss(make, monkeypa
 
 # Gradients
 
-@pytest.mark.parametrize("more", [{}, dict(token_budget=24), dict(per_device_train_batch_size=1, gradient_accumulation_steps=3)])
+@pytest.mark.parametrize(
+    "more", [{}, dict(token_budget=24), dict(per_device_train_batch_size=1, gradient_accumulation_steps=3)]
+)
 def test_every_pair_of_a_step_weighs_the_same(make, more):
     "Three pairs as 2 + 1 give the gradients of three pairs in one batch, and the same loss in the log."
     def step(**settings):
-        trainer = make(dict(train_dataset=PAIRS[:3]), optim="sgd", learning_rate=1e-3, max_grad_norm=0.0, warmup_steps=0,
-                       lr_scheduler_type="constant", max_steps=2, logging_steps=1, loss="ipo", **settings)
+        trainer = make(
+            dict(train_dataset=PAIRS[:3]),
+            optim="sgd",
+            learning_rate=1e-3,
+            max_grad_norm=0.0,
+            warmup_steps=0,
+            lr_scheduler_type="constant",
+            max_steps=2,
+            logging_steps=1,
+            loss="ipo",
+            **settings,
+        )
         before = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
         trainer.train()
         after = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
@@ -362,16 +431,24 @@ def test_every_pair_of_a_step_weighs_the_same(make, more):
 
 # What is random
 
-@pytest.mark.parametrize("settings, with_adapter", [(dict(loss="dpo"), True), (dict(loss="tbpo_q"), False), (dict(loss="tbpo_q"), True)])
+@pytest.mark.parametrize(
+    "settings, with_adapter", [(dict(loss="dpo"), True), (dict(loss="tbpo_q"), False), (dict(loss="tbpo_q"), True)]
+)
 def test_all_that_is_random_follows_the_seed(make, settings, with_adapter):
-    adapter = LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True, task_type="CAUSAL_LM") if with_adapter else None
+    adapter = (
+        LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True, task_type="CAUSAL_LM") if with_adapter else None
+    )
     runs = []
     for i, seed in enumerate((7, 7, 8)):
         torch.manual_seed(i)        # whatever was drawn before
         trainer = make(dict(peft_config=adapter), seed=seed, max_steps=2, per_device_train_batch_size=2, **settings)
         start = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
         trainer.train()
-        parts = [*start.values(), *trainer.model.parameters(), *(trainer.baseline_head.parameters() if trainer.baseline_head else ())]
+        parts = [
+            *start.values(),
+            *trainer.model.parameters(),
+            *(trainer.baseline_head.parameters() if trainer.baseline_head else ()),
+        ]
         runs.append(torch.cat([p.detach().flatten() for p in parts]))
     assert_close(runs[0], runs[1], rtol=0, atol=0)
     assert (runs[0] != runs[2]).any()

@@ -23,11 +23,35 @@ pairs = [dict(prompt="<bos> " + q, chosen=a, rejected=b) for q in ("is it true",
 def train(**changes) -> dict:
     "Weights, and an evaluation over a number of pairs that two processes can't share evenly."
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(words), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-                                         num_attention_heads=2, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2))
-    args = PreferenceConfig(output_dir=tempfile.mkdtemp(), beta=0.5, learning_rate=1e-2, optim="sgd", max_steps=4, seed=0, use_cpu=True,
-                            per_device_train_batch_size=batch_size, per_device_eval_batch_size=2, gradient_accumulation_steps=2,
-                            report_to="none", save_strategy="no", disable_tqdm=True, **changes)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(words),
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=64,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
+    )
+    args = PreferenceConfig(
+        output_dir=tempfile.mkdtemp(),
+        beta=0.5,
+        learning_rate=1e-2,
+        optim="sgd",
+        max_steps=4,
+        seed=0,
+        use_cpu=True,
+        per_device_train_batch_size=batch_size,
+        per_device_eval_batch_size=2,
+        gradient_accumulation_steps=2,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        **changes,
+    )
     trainer = PreferenceTrainer(model, args, pairs, pairs[:5], processing_class=tokenizer)
     trainer.train()
     result = trainer.evaluate()
@@ -35,7 +59,11 @@ def train(**changes) -> dict:
     if trainer.baseline_head is not None:
         head = trainer.accelerator.unwrap_model(trainer.baseline_head)
         weights |= {f"baseline {name}": p.detach() for name, p in head.named_parameters()}
-    return weights | {name: torch.tensor(result[name]) for name in ("eval_loss", "eval_rewards/margins", "eval_kl/chosen") if name in result}
+    return weights | {
+        name: torch.tensor(result[name])
+        for name in ("eval_loss", "eval_rewards/margins", "eval_kl/chosen")
+        if name in result
+    }
 
 
 tbpo_q = dict(loss="tbpo_q", baseline_width=8, baseline_learning_rate=0.1)

@@ -26,10 +26,14 @@ ROOT = Path(__file__).resolve().parent.parent
 CARRIED = ROOT / ".gpu"
 DATA = ("stanfordnlp/imdb", "openai/gsm8k", "gsm8k-preferences", "alpaca_eval-preferences")
 WHEELS = ("datasets", "dill", "multiprocess", "xxhash")     # small, and seldom on a machine for training
-OUTSIDE = Path(os.environ.get("TOKPREF_GPU_FOLDER") or Path(tempfile.gettempdir()) / "tokpref-gpu")    # what was carried, unpacked
+OUTSIDE = Path(
+    os.environ.get("TOKPREF_GPU_FOLDER") or Path(tempfile.gettempdir()) / "tokpref-gpu"
+)  # what was carried, unpacked
 LIMIT = 64      # MiB that a machine may take
 ALL = 99        # seeds: all of a profile
-PEERS = {path.stem.removeprefix("requirements-"): path for path in sorted((ROOT / "benchmarks").glob("requirements-*.txt"))}
+PEERS = {
+    path.stem.removeprefix("requirements-"): path for path in sorted((ROOT / "benchmarks").glob("requirements-*.txt"))
+}
 
 
 class Comparison(NamedTuple):
@@ -41,18 +45,71 @@ class Comparison(NamedTuple):
 
 
 COMPARISONS = {
-    "sentiment": Comparison("sentiment", "nano", {      # 91 million weights
-        "vocab_size": 8192, "context": 96, "hidden_size": 768, "layers": 12, "heads": 12, "lm_tokens": 40_000_000, "lm_batch": 256,
-        "lm_learning_rate": 6e-4, "train_prompts": 2000, "eval_prompts": 512, "eval_pair_prompts": 128, "frontier_samples": 128,
-        "max_length": 96, "batch_size": 64, "steps": 240, "eval_steps": 60, "learning_rate": 1e-5, "seeds": [0, 1, 2]}),
-    "math": Comparison("math", "nano", {                # the same start, more of everything that a loss sees and is measured on
-        "train_problems": 4000, "eval_problems": 1000, "eval_pair_problems": 400, "batch_size": 64, "steps": 200, "eval_steps": 50,
-        "seeds": [0, 1, 2]}),
-    "instructions": Comparison("instructions", "nano", {    # 32 million weights, answers of up to 300 words
-        "vocab_size": 8192, "context": 512, "hidden_size": 512, "layers": 8, "heads": 8, "lm_tokens": 30_000_000, "lm_batch": 64,
-        "lm_learning_rate": 1e-3, "max_words": 300, "max_length": 768, "max_prompt_length": 256, "prompts": 100,
-        "max_new_tokens": 256, "eval_batch": 64, "sft_batch": 32, "batch_size": 32, "steps": 200, "eval_steps": 100,
-        "learning_rate": 2e-5, "losses": ["dpo", "tdpo1", "tdpo2", "adpo", "bpo", "tbpo_q", "tbpo_a"], "seeds": [0, 1, 2]})}
+    "sentiment": Comparison(
+        "sentiment",
+        "nano",
+        {  # 91 million weights
+            "vocab_size": 8192,
+            "context": 96,
+            "hidden_size": 768,
+            "layers": 12,
+            "heads": 12,
+            "lm_tokens": 40_000_000,
+            "lm_batch": 256,
+            "lm_learning_rate": 6e-4,
+            "train_prompts": 2000,
+            "eval_prompts": 512,
+            "eval_pair_prompts": 128,
+            "frontier_samples": 128,
+            "max_length": 96,
+            "batch_size": 64,
+            "steps": 240,
+            "eval_steps": 60,
+            "learning_rate": 1e-5,
+            "seeds": [0, 1, 2],
+        },
+    ),
+    "math": Comparison(
+        "math",
+        "nano",
+        {  # the same start, more of everything that a loss sees and is measured on
+            "train_problems": 4000,
+            "eval_problems": 1000,
+            "eval_pair_problems": 400,
+            "batch_size": 64,
+            "steps": 200,
+            "eval_steps": 50,
+            "seeds": [0, 1, 2],
+        },
+    ),
+    "instructions": Comparison(
+        "instructions",
+        "nano",
+        {  # 32 million weights, answers of up to 300 words
+            "vocab_size": 8192,
+            "context": 512,
+            "hidden_size": 512,
+            "layers": 8,
+            "heads": 8,
+            "lm_tokens": 30_000_000,
+            "lm_batch": 64,
+            "lm_learning_rate": 1e-3,
+            "max_words": 300,
+            "max_length": 768,
+            "max_prompt_length": 256,
+            "prompts": 100,
+            "max_new_tokens": 256,
+            "eval_batch": 64,
+            "sft_batch": 32,
+            "batch_size": 32,
+            "steps": 200,
+            "eval_steps": 100,
+            "learning_rate": 2e-5,
+            "losses": ["dpo", "tdpo1", "tdpo2", "adpo", "bpo", "tbpo_q", "tbpo_a"],
+            "seeds": [0, 1, 2],
+        },
+    ),
+}
 PARTS = {"tests": "cuda-tests.json", "engine": "engine-cuda.json"} | {name: f"{name}-gpu.json" for name in COMPARISONS}
 MOST = {"tests": 180, "engine": 420}        # seconds that a part may take; the others share what is left
 
@@ -65,7 +122,16 @@ def run_tests(args, target: Path) -> None:
     report = Path(tempfile.mkdtemp()) / "junit.xml"
     env = os.environ | ({"TOKPREF_TEST_DEVICE": "cpu"} if args.device == "cpu" else {})
     picked = ["-k", "float32 and (Llama or dpo) or a_step or samples"] if args.quick else []
-    command = [sys.executable, "-m", "pytest", "tests/test_cuda.py", "-q", "-p", "no:cacheprovider", f"--junitxml={report}"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "tests/test_cuda.py",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        f"--junitxml={report}",
+    ]
     done = subprocess.run([*command, *picked], cwd=ROOT, env=env)
     suite = ElementTree.parse(report).getroot().find("testsuite")
     assert suite is not None
@@ -81,13 +147,16 @@ def run_tests(args, target: Path) -> None:
 def run_engine(args, target: Path) -> None:
     "The benchmark's steps; its file is written anew after each of them, and lists the peers that can't run here."
     options = ["--quick"] if args.quick else ["--parts", "steps"]
-    subprocess.run([sys.executable, "benchmarks/engine.py", "--device", args.device, *options, "--out", target], cwd=ROOT)
+    subprocess.run(
+        [sys.executable, "benchmarks/engine.py", "--device", args.device, *options, "--out", target], cwd=ROOT
+    )
     if not target.exists(): raise RuntimeError("the benchmark ended without a result")
 
 
 def run_comparison(args, target: Path) -> None:
     "All losses, for the first seeds."
     import torch
+
     from tokpref.experiments.compare import compare, comparison_table, find_task, write_json
     torch.set_float32_matmul_precision("high")      # TF32 where a product is not in bfloat16 anyway
     task, profile, overrides = COMPARISONS[args.part]
@@ -116,7 +185,18 @@ def environment() -> dict:
 
 def unpack(wheels: list[Path], folder: Path) -> None:
     "Install wheels, and nothing that they ask for, into a folder."
-    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--no-compile", "--target", str(folder)]
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "-q",
+        "--no-index",
+        "--no-deps",
+        "--no-compile",
+        "--target",
+        str(folder),
+    ]
     subprocess.run([*pip, *map(str, wheels)], check=True)
 
 
@@ -125,15 +205,22 @@ def download(what: list, folder: Path, python: str) -> None:
     names = ("manylinux_2_28", "manylinux_2_17", "manylinux2014")
     systems = [part for name in names for part in ("--platform", f"{name}_x86_64")]
     pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:"]
-    subprocess.run([*pip, "--python-version", python, "--implementation", "cp", *systems, "-d", folder, *what], check=True)
+    subprocess.run(
+        [*pip, "--python-version", python, "--implementation", "cp", *systems, "-d", folder, *what], check=True
+    )
 
 
 def install(device: str) -> None:
     "Unpack what was carried, outside the checkout. Exits with a word if something that is needed is missing."
-    wheels = [wheel for wheel in sorted((CARRIED / "wheels").glob("*.whl")) if not importlib.util.find_spec(wheel.name.split("-")[0])]
+    wheels = [
+        wheel
+        for wheel in sorted((CARRIED / "wheels").glob("*.whl"))
+        if not importlib.util.find_spec(wheel.name.split("-")[0])
+    ]
     if wheels and not (OUTSIDE / "site").is_dir(): unpack(wheels, OUTSIDE / "site")
     for folder in sorted((CARRIED / "peers").glob("*")):
-        if not (OUTSIDE / "peers" / folder.name).is_dir(): unpack(sorted(folder.glob("*.whl")), OUTSIDE / "peers" / folder.name)
+        if not (OUTSIDE / "peers" / folder.name).is_dir():
+            unpack(sorted(folder.glob("*.whl")), OUTSIDE / "peers" / folder.name)
     if (CARRIED / "data").is_dir(): shutil.copytree(CARRIED / "data", OUTSIDE / "data", dirs_exist_ok=True)
     imported = [sys.executable, "-c", "import tokpref.experiments.compare"]
     done = subprocess.run(imported, cwd=ROOT, env=environment(), capture_output=True, text=True)
@@ -174,7 +261,18 @@ def finished(target: Path, seeds: int) -> bool:
 
 def in_a_process(name: str, seeds: int, args, target: Path, seconds: float) -> str:
     "Run one part for at most so long; how it ended."
-    command = [sys.executable, __file__, "--part", name, "--device", args.device, "--seeds", str(seeds), "--target", target]
+    command = [
+        sys.executable,
+        __file__,
+        "--part",
+        name,
+        "--device",
+        args.device,
+        "--seeds",
+        str(seeds),
+        "--target",
+        target,
+    ]
     if args.quick: command.append("--quick")
     part = subprocess.Popen(command, cwd=ROOT, env=environment(), start_new_session=True)
     try: code = part.wait(timeout=seconds)
