@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['models_root', 'local_model', 'load_tokenizer', 'load_model', 'lora', 'add_adapter', 'fastest_device', 'Precision',
            'pick_precision', 'autocast', 'autocast_dtype', 'unwrapped', 'without_ddp', 'base_model', 'max_positions',
-           'layers_of', 'compile_layers', 'evaluating', 'disable_dropout', 'frozen', 'has_adapter', 'pick_reference',
-           'reference_of']
+           'layers_of', 'compile_layers', 'uncompiled', 'evaluating', 'disable_dropout', 'frozen', 'has_adapter',
+           'pick_reference', 'reference_of']
 
 # %% ../nbs/library/01_models.ipynb #451b2397
 import contextlib
@@ -238,13 +238,18 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
     "The layers of the decoder: the longest list of modules of one class. Raises `ValueError` where there is none."
     lists = [module for module in base_model(model).modules() if isinstance(module, nn.ModuleList)]
     alike = [layers for layers in lists if len({type(layer) for layer in layers}) == 1]
-    if not alike: raise ValueError(f"{type(base_model(model)).__name__} has no list of layers that are alike, so it can't be compiled by layers")
+    if not alike: raise ValueError(f"{type(base_model(model)).__name__} has no list of layers that are alike")
     return list(max(alike, key=lambda layers: sum(p.numel() for p in layers.parameters())))
 
 
 def compile_layers(model: nn.Module, **options) -> None:
     "Compile the layers of a model in place; `options` go to `torch.compile`. The first step with them takes longer."
     for layer in layers_of(model): layer.compile(**{"dynamic": True, **options})
+
+
+def uncompiled() -> contextlib.AbstractContextManager:
+    "Inside, compiled layers run as they were written. A trial on a few rows would cost a compilation of its own."
+    return torch.compiler.set_stance("force_eager")
 
 # %% ../nbs/library/01_models.ipynb #f7caa72d
 @contextlib.contextmanager
