@@ -1,6 +1,8 @@
 """The house rules that no single chapter can check: packaging, notebooks, names, and the checks themselves."""
 import ast
 import configparser
+import importlib
+import inspect
 import itertools
 import json
 import os
@@ -16,6 +18,7 @@ from pathlib import Path
 import nbformat
 import pytest
 import yaml
+from fastcore.docments import docments
 from packaging.requirements import Requirement
 from packaging.version import Version
 
@@ -147,6 +150,13 @@ def test_links_lead_to_files(path):
     assert not [link for link in links if not (path.parent / link).exists()]
 
 
+@every(NOTEBOOKS)
+def test_references_lead_to_equations_of_the_page(path):
+    source = "\n".join(cell.source for kind in ("markdown", "code") for cell in cells(path, kind))
+    referred = set(re.findall(r"(?<![\w`@/])@(eq-[\w-]*\w)", source))
+    assert referred <= set(re.findall(r"\{#(eq-[\w-]+)\}", source)), "to refer to another page, link to its notebook"
+
+
 def test_the_navigation_bar_leads_to_pages():
     bar = yaml.safe_load((ROOT / "_quarto.yml").read_text(encoding="utf-8"))["website"]["navbar"]["left"]
     assert all((ROOT / "nbs" / entry["href"]).exists() for entry in bar)
@@ -254,6 +264,14 @@ def test_the_oldest_python_can_read_it(path):
     ast.parse(
         path.read_text(encoding="utf-8"), feature_version=tuple(int(n) for n in SETTINGS["min_python"].split("."))
     )
+
+
+@every(MODULES)
+def test_nbdev_can_document_every_exported_name(path):
+    module = importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
+    symbols = [getattr(module, name) for name in getattr(module, "__all__", [])]
+    for symbol in symbols:
+        if inspect.isclass(symbol) or inspect.isfunction(symbol): docments(symbol, full=True)
 
 
 def test_losses_do_not_load_transformers():

@@ -110,6 +110,13 @@ def loss_styles(
 class Page(Figure):
     "A matplotlib `Figure` that a notebook shows as a picture even when nobody imported pyplot."
 
+    def __init__(
+        self,
+        figsize: tuple[float, float],   # inches
+        **options,                      # of matplotlib's Figure, such as layout
+    ) -> None:
+        super().__init__(figsize=figsize, **options)
+
     def _repr_png_(self) -> bytes:
         buffer = io.BytesIO()
         self.savefig(buffer, format="png", dpi=100)
