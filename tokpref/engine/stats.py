@@ -53,7 +53,7 @@ def response_stats(
 
     The batch may also hold `ref_logps` [R, T] (computed earlier; used unless a KL is asked for) and `weights` [R, L].
     Raises `ValueError` for a row without prompt or response tokens, for different vocabularies, and when a KL is asked
-    for without a reference. Source: @eq-stats of the chapter, @eq-grads of the chapter on gradients.
+    for without a reference. Source: @eq-stats of the chapter; the gradients, of the chapter Gradients.
     """
     wants = Wants(kl, reverse_kl, entropy)
     one, = _measure(model, ref_model, batch, [0] * len(batch["input_ids"]), wants, baseline, chunk_size)
