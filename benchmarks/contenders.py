@@ -1,4 +1,4 @@
-"""What is compared: each contender makes, of (policy, reference, batch), a function that gives the loss to call backward on."""
+"""What is compared: each contender makes, of (policy, reference, batch), a function that gives the loss."""
 
 import tempfile
 from collections.abc import Callable
@@ -40,7 +40,7 @@ def _tdpo2(logps: Tensor, ref_logps: Tensor, kl: Tensor, mask: Tensor) -> Tensor
 
 
 def released_tdpo(policy: nn.Module, reference: nn.Module, batch: dict) -> Callable[[], Tensor]:
-    "TDPO2 as its released computation goes: full logits of both models, and every [2B, L-1, V] matrix of its formula in float32."
+    "TDPO2 as its released computation goes: full logits of both models, every [2B, L-1, V] matrix of it in float32."
     labels, mask = _labels(batch)
 
     def loss() -> Tensor:
@@ -67,11 +67,11 @@ def _word_tokenizer():
 def trl_dpo(policy: nn.Module, reference: nn.Module, batch: dict, compact: bool = False) -> Callable[[], Tensor]:
     """TRL's own DPO trainer computing its loss and its metrics; no gradient checkpointing, as for all here.
 
-    `compact` answers yes where TRL 1.16 asks whether the device runs Triton: then only response positions reach its head, as they
-    do on a GPU. Its tiles stay those that it uses without Triton.
+    `compact` answers yes where TRL 1.16 asks whether the device runs Triton: then only response positions reach its
+    head, as they do on a GPU. Its tiles stay those that it uses without Triton.
     """
     from datasets import Dataset
-    from trl import DPOConfig, DPOTrainer
+    from trl import DPOConfig, DPOTrainer  # pyright: ignore[reportMissingImports]  a peer
     if compact: __import__("trl.trainer.utils").trainer.utils._use_triton = lambda device: True
     folder = tempfile.TemporaryDirectory()
     cpu = next(policy.parameters()).device.type == "cpu"
@@ -93,8 +93,8 @@ def trl_dpo(policy: nn.Module, reference: nn.Module, batch: dict, compact: bool 
 
 
 def liger_dpo(policy: nn.Module, reference: nn.Module, batch: dict) -> Callable[[], Tensor]:
-    "Liger's fused DPO loss on the states of all positions, called as TRL 1.10 does; compiled, its default, on a GPU only."
-    from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
+    "Liger's fused DPO loss on all positions' states, called as TRL 1.10 does; compiled, its default, on a GPU only."
+    from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss  # pyright: ignore[reportMissingImports]  a peer
     fused = LigerFusedLinearDPOLoss(beta=BETA, compiled=batch["input_ids"].device.type != "cpu")
     labels, mask = _labels(batch)
     labels = labels.masked_fill(~mask, -100)
@@ -110,9 +110,9 @@ def liger_dpo(policy: nn.Module, reference: nn.Module, batch: dict) -> Callable[
 
 
 def from_tiles(policy: nn.Module, reference: nn.Module, batch: dict, kl: bool) -> Callable[[], Tensor]:
-    "DPO or TDPO2 put together from TRL 1.16's tiled kernels for log-probabilities and forward KL, on response positions only."
-    from trl.kernels import ChunkedLogProbFunction
-    from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+    "DPO or TDPO2 from TRL 1.16's tiled kernels for log-probabilities and forward KL, on response positions only."
+    from trl.kernels import ChunkedLogProbFunction  # pyright: ignore[reportMissingImports]  a peer
+    from trl.kernels.chunked_divergence import ChunkedDivergenceFunction  # pyright: ignore[reportMissingImports]  a peer
     labels, mask = _labels(batch)
     targets, width = labels[mask], 32_768       # the tile width that TRL's trainers use
     hidden = lambda model: model.base_model(**_model_inputs(batch)).last_hidden_state[:, :-1][mask]

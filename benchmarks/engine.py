@@ -1,10 +1,11 @@
-"""The engine beside public peers: `make bench`, or `python benchmarks/engine.py [--quick] [--device cuda] [--out FILE]`.
+"""The engine beside public peers: `make bench`, or `python benchmarks/engine.py [--quick] [--device cuda]`.
 
-One step is policy forward, reference forward, loss, backward. Every contender runs in its own process on the same weights and the
-same batch, read from a file; losses that should be one number are compared; times are medians after a warm-up step; the peak is
-that of the first full step, above the state before it. Ratios near 1 come from interleaved steps in one process. Peers are looked
-for in folders of their own below <environment>/peers, which `make bench` fills, or below the folder that TOKPREF_PEERS names; one
-that is missing is left out with a word.
+One step is policy forward, reference forward, loss, backward. Every contender runs in its own process on the same
+weights and the same batch, read from a file; losses that should be one number are compared; times are medians after a
+warm-up step; the peak is that of the first full step, above the state before it. Ratios near 1 come from interleaved
+steps in one process. Peers are looked for in folders of their own below <environment>/peers, which `make bench` fills,
+or below the folder that TOKPREF_PEERS names; one that is missing is left out with a word. `--out FILE` says where the
+numbers go.
 """
 import argparse
 import json
@@ -62,7 +63,7 @@ def available(names) -> list[str]:
 
 
 def in_a_process(spec: dict, allocator: str) -> dict:
-    "What a worker measures for a spec, in a fresh process that sees the peer's folder. Raises `RuntimeError` if it fails."
+    "What a worker measures for a spec, in a fresh process that sees the peer's folder. `RuntimeError` if it fails."
     peers = {CONTENDERS[n].peer for n in spec["contenders"]} - {None}
     paths = [str(PEERS / peer) for peer in sorted(peers)] + [p for p in (os.environ.get("PYTHONPATH"),) if p]
     own = {
@@ -160,8 +161,10 @@ class Bench:
                 self.child("step", [name], repeats, "keeping", **self.source(shape))
 
     def steps_on_an_accelerator(self, shapes: list[str], names: list[str]) -> None:
-        """All contenders of a shape in this process, taking turns: the allocator of a GPU counts for each alone. Compiled ones
-        stand apart, since a model stays compiled."""
+        """All contenders of a shape in this process, taking turns: the allocator of a GPU counts for each alone.
+
+        Compiled ones stand apart, since a model stays compiled.
+        """
         sys.path += [str(PEERS / peer) for peer in sorted({CONTENDERS[name].peer for name in names} - {None})]
         compiled = [name for name in names if "compiled" in name]
         for shape in shapes:

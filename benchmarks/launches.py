@@ -1,10 +1,10 @@
 """How many operations of a training step would be launches on a GPU, counted on a CPU: `python benchmarks/launches.py`.
 
-A step of a small model on a GPU costs what its launches cost, not what they compute. So this counts them, without a GPU: a
-model of 16 narrow layers in the layout of `llama-1b` takes the way of a GPU, and every operation that PyTorch dispatches
-counts as one launch, but for those that only look at a tensor in another way or reserve memory. A call of FlashAttention and
-a call of one of our kernels count as one; what the plan of a batch does on the CPU does not count. Printed, as one line of
-JSON at the end:
+A step of a small model on a GPU costs what its launches cost, not what they compute. So this counts them, without a
+GPU: a model of 16 narrow layers in the layout of `llama-1b` takes the way of a GPU, and every operation that PyTorch
+dispatches counts as one launch, but for those that only look at a tensor in another way or reserve memory. A call of
+FlashAttention and a call of one of our kernels count as one; what the plan of a batch does on the CPU does not count.
+Printed, as one line of JSON at the end:
 
 - body: policy forward and backward and reference forward of one packed row, and nothing else;
 - dpo_8, dpo_32: a step of DPO on 8 and on 32 pairs; tdpo2_8: a step of TDPO2 on 8;
@@ -92,7 +92,7 @@ def on_the_host(function: Callable) -> Callable:
 
 @contextlib.contextmanager
 def way_of_a_gpu(counter: list[Launches]) -> Iterator[None]:
-    "Inside, the engine does on a CPU what it does on a GPU, with plain functions for FlashAttention and for the kernels."
+    "Inside, the engine does on a CPU what it does on a GPU, with plain functions for FlashAttention and the kernels."
     changes = [(trial, "BRANCHES_ON_CPU", True),
                (in_place, "on_cpu", lambda device: False), (gradients, "on_cpu", lambda device: False),
                (kernels, "usable", lambda device, dtype: True),

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-# glibc gives every large block back to the system when it is freed, and gets it back as fresh pages that the kernel has to zero.
-# "keeping" tells it to hold on to them, as jemalloc, tcmalloc and CUDA's caching allocator do.
+# glibc gives every large block back to the system when it is freed, and gets it back as fresh pages that the kernel has
+# to zero. "keeping" tells it to hold on to them, as jemalloc, tcmalloc and CUDA's caching allocator do.
 ALLOCATORS = {
     "default": {},
     "keeping": {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40), "MALLOC_TOP_PAD_": str(1 << 26),
@@ -85,7 +85,10 @@ def gradient_sketch(policy: nn.Module, probes: int = 2) -> list[float]:
 
 
 def gemm_rate(device: str, dtype: torch.dtype, size: int | None = None) -> float:
-    "Measured dense rate, in operations a second: the best of several products of two square matrices; on a CPU of both libraries that PyTorch has."
+    """Measured dense rate, in operations a second: the best of several products of two square matrices.
+
+    On a CPU, the best of both libraries that PyTorch has.
+    """
     size = size or (1024 if device == "cpu" else 8192)
     a, b = torch.randn(2, size, size, device=device, dtype=dtype)
     ways = [lambda: a @ b]

@@ -77,7 +77,7 @@ def find(runs: list[dict], **what) -> dict | None:
 def spread(tops: list[float], bottoms: list[float], paired: bool) -> tuple[float, float, float]:
     "(ratio, low, high): of medians, with the quartiles at their worst; of rounds where the two took turns."
     if paired:
-        ratios = sorted(t / b for t, b in zip(tops, bottoms))
+        ratios = sorted(t / b for t, b in zip(tops, bottoms, strict=True))
         return median(ratios), *_quartiles(ratios)
     (t1, t3), (b1, b3) = _quartiles(tops), _quartiles(bottoms)
     return median(tops) / median(bottoms), t1 / b3, t3 / b1
@@ -104,7 +104,9 @@ def ratios(runs: list[dict], device: str) -> list[dict]:
     "All ratios between contenders."
     bars, shapes = (CUDA, CUDA_SHAPES) if device == "cuda" else (CPU, ("32k", "128k"))
     rows = [
-        one_ratio(runs, bar, shape, limit) for bar in bars for shape, limit in [*zip(shapes, bar.bars), ("tiny", None)]
+        one_ratio(runs, bar, shape, limit)
+        for bar in bars
+        for shape, limit in [*zip(shapes, bar.bars, strict=False), ("tiny", None)]
     ]
     return [row for row in rows if row]
 
@@ -149,14 +151,15 @@ def token_slopes(runs: list[dict]) -> list[dict]:
 
 
 def agreement(runs: list[dict], tolerance: float) -> dict[str, dict]:
-    "For each family and shape: the largest difference between two losses, and between two gradients relative to their norm."
+    "For each family and shape: the largest difference of two losses, and of two gradients relative to their norm."
     found = {}
     for run in (r for r in runs if r["section"] == "step" and r["allocator"] == "default"):
         found.setdefault(f"{CONTENDERS[run['contender']].family}, {run['shape']}", []).append(run)
     checks = {}
     for key, group in found.items():
         losses, gradients = [r["loss"] for r in group], [r["gradient"] for r in group]
-        apart = max(max(abs(a - b) for a, b in zip(g, gradients[0])) / gradients[0][0] for g in gradients)
+        first = gradients[0]
+        apart = max(max(abs(a - b) for a, b in zip(g, first, strict=True)) / first[0] for g in gradients)
         checks[key] = {
             "contenders": len(group),
             "loss": max(losses) - min(losses),
@@ -168,7 +171,7 @@ def agreement(runs: list[dict], tolerance: float) -> dict[str, dict]:
 
 
 def operations(shape: workloads.Shape, lengths) -> dict[str, float]:
-    "Multiply-adds, times two, that a step cannot avoid: each token once, the head at response tokens, four products of it."
+    "Multiply-adds, times two, that a step needs: each token once, the head at response tokens, four products of it."
     kv = (shape.kv_heads or shape.heads) / shape.heads
     weights = (
         shape.layers

@@ -1,4 +1,4 @@
-"""Run contenders in this process and print what was measured, in JSON: `python worker.py '{"contenders": [...], ...}'`."""
+"""Run contenders here and print what was measured, in JSON: `python worker.py '{"contenders": [...], ...}'`."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""The benchmark runs, its losses agree, and its table says what the raw times say. Nothing here judges how long a step takes."""
+"""The benchmark runs, its losses agree, and its table says what the raw times say; no test here judges a time."""
 
 import json
 import os

@@ -221,7 +221,7 @@ def test_tools_reach_the_template(tokenizer):
             [dict(pair, tools=stored([city])), dict(pair, tools=stored([number])), dict(pair, tools=None)], knows
         )
         prompts = [knows.decode(row["prompt_ids"]) for row in rows]
-        for tools, prompt in zip(([city], [number], None), prompts):
+        for tools, prompt in zip(([city], [number], None), prompts, strict=True):
             assert prompt == knows.apply_chat_template(
                 pair["prompt"], tools=tools, tokenize=False, add_generation_prompt=True
             )
@@ -313,7 +313,7 @@ def test_no_space_comes_in_between_prompt_and_response(tokenizer, kind):
             prompt=say("user", "What is the sea?"), chosen=say("assistant", "deep"), rejected=say("assistant", "blue")
         )
         (row,), _ = prepare([chat], each)
-        whole = each.apply_chat_template(chat["prompt"] + chat["chosen"], tokenize=False)
+        whole = str(each.apply_chat_template(chat["prompt"] + chat["chosen"], tokenize=False))
         assert each.decode(row["prompt_ids"] + row["chosen_ids"]) == lead + whole.removesuffix("<eos>\n") + "<eos>"
 
 
@@ -349,7 +349,7 @@ def test_function_calls_are_content_and_keep_their_own_arguments(tokenizer, tmp_
     for given in (rows, Dataset.from_list(rows), load_preferences(tmp_path / "calls.jsonl")):
         prepared, report = prepare(given, knows)
         assert report.kept == 3
-        for row, ready in zip(rows, prepared):
+        for row, ready in zip(rows, prepared, strict=True):
             for side in ("chosen", "rejected"):
                 whole = knows.apply_chat_template(
                     [dict(role="user", content=row["prompt"]), *row[side]], tokenize=False
@@ -366,7 +366,7 @@ def test_a_null_that_somebody_wrote_stays(tokenizer):
     pair = dict(prompt=say("user", "x"), chosen=say("assistant", "a"), rejected=say("assistant", "b"))
     rows = [dict(pair, tools=[dict(name="sea", default=None)]), dict(pair, tools=[dict(name="sky", size=1)])]
     for given in (rows, [dict(row, tools=json.dumps(row["tools"])) for row in rows], Dataset.from_list(rows[:1])):
-        for row, ready in zip(rows, prepare(given, knows)[0]):
+        for row, ready in zip(rows, prepare(given, knows)[0], strict=True):
             assert knows.decode(ready["prompt_ids"]).startswith(json.dumps(row["tools"]))
 
 
@@ -389,7 +389,7 @@ def test_rows_of_another_shape_are_named(tokenizer, wrong, words):
 def test_a_format_of_the_dataset_changes_nothing(tokenizer, form):
     rows = [row | dict(chosen_weights=None, rejected_weights=None) for row in some_rows(3)]
     plain = prepare(some_rows(3), tokenizer)[0]
-    for row, ready in zip(rows, plain):
+    for row, ready in zip(rows, plain, strict=True):
         row |= {f"{side}_weights": [0.5] * len(ready[f"{side}_ids"]) for side in ("chosen", "rejected")}
     given = Dataset.from_list(rows)
     expected, ready = prepare(given, tokenizer)[0], prepare(given.with_format(form), tokenizer)[0]
@@ -412,7 +412,7 @@ def test_what_the_mask_keeps_is_the_response(tokenizer, side, multiple):
     responses = list(prepared["chosen_ids"]) + list(prepared["rejected_ids"])
     prompts = list(prepared["prompt_ids"]) * 2
     masks = batch["attention_mask"].bool(), batch["completion_mask"].bool()
-    for ids, there, scored, prompt, response in zip(batch["input_ids"], *masks, prompts, responses):
+    for ids, there, scored, prompt, response in zip(batch["input_ids"], *masks, prompts, responses, strict=True):
         assert (
             ids[scored].tolist() == response
             and ids[there].tolist() == prompt + response
@@ -461,7 +461,7 @@ def test_the_engine_reads_the_batch(tokenizer):
         stats.token_stats(model, model, PreferenceCollator(tokenizer.pad_token_id, side)(list(prepared)), kl=False)
         for side in ("right", "left")
     )
-    for a, b, name in zip(right, left, ("chosen_ids", "rejected_ids")):
+    for a, b, name in zip(right, left, ("chosen_ids", "rejected_ids"), strict=True):
         assert a.lengths.tolist() == [len(ids) for ids in prepared[name]]
         torch.testing.assert_close(a.logps, b.logps)
 
@@ -548,7 +548,10 @@ def test_a_chat_set_of_the_hub(tmp_path, tokenizer, no_hub, monkeypatch):
     folder = tmp_path / "HuggingFaceH4/ultrafeedback_binarized/data"
     folder.mkdir(parents=True)
     Dataset.from_list([row]).to_parquet(folder / "train_prefs-00000-of-00001.parquet")
-    card = "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train_prefs\n    path: data/train_prefs-*\n---\n"
+    card = (
+        "---\nconfigs:\n- config_name: default\n  data_files:\n"
+        "  - split: train_prefs\n    path: data/train_prefs-*\n---\n"
+    )
     (folder.parent / "README.md").write_text(card)
     monkeypatch.setenv("TOKPREF_DATA", str(tmp_path))
     loaded = load_preferences("ultrafeedback", "train")
@@ -625,7 +628,9 @@ def test_hh_odd_rows(monkeypatch, tokenizer):
     monkeypatch.setenv("TOKPREF_DATA", str(ROOT))
     raw, loaded = load_texts("hh", "test"), load_preferences("hh", "test")
     same = all(
-        row["prompt"] + row[side] == whole[side] for row, whole in zip(loaded, raw) for side in ("chosen", "rejected")
+        row["prompt"] + row[side] == whole[side]
+        for row, whole in zip(loaded, raw, strict=True)
+        for side in ("chosen", "rejected")
     )
     ends = all(row["prompt"].endswith("\n\nAssistant:") for row in loaded)
     turns = all("\n\nHuman:" not in row[side] for row in loaded for side in ("chosen", "rejected"))

@@ -44,4 +44,7 @@ def test_two_processes_equal_one(tmp_path):
     for run in one:
         assert one[run].keys() == two[run].keys()
         for name, value in one[run].items():
-            assert_close(two[run][name], value, rtol=1e-4, atol=1e-5, msg=lambda m: f"{run}, {name}: {m}")
+            where = f"{run}, {name}"
+            assert_close(
+                two[run][name], value, rtol=1e-4, atol=1e-5, msg=lambda message, where=where: f"{where}: {message}"
+            )

@@ -86,8 +86,8 @@ def test_kl_estimates_have_the_exact_kl_as_their_mean(pair):
         assert_close(log_p.exp() @ numbers["log_ratio"][part], exact)
         assert_close(log_p.exp() @ numbers["kl"][part], exact)
         assert_close(log_q.exp() @ numbers["forward_kl"][part], exact_forward)
-        spread = lambda name: log_p.exp() @ (numbers[name][part] - exact) ** 2
-        assert spread("kl") < spread("log_ratio")
+        spread = {name: log_p.exp() @ (numbers[name][part] - exact) ** 2 for name in ("kl", "log_ratio")}
+        assert spread["kl"] < spread["log_ratio"]
 
 
 def test_entropy_along_samples_adds_up_to_that_of_the_whole_law(pair):
@@ -116,7 +116,7 @@ def test_the_reference_of_an_adapter_is_the_model_without_it(model, tokenizer):
     samples = ev.sample(policy, tokenizer, ["abc", "d"], n=2, max_new_tokens=5, progress=False)
     one, other = (ev.sample_kl(policy, ref, samples, progress=False) for ref in (None, reference))
     for name in one: assert_close(one[name], other[name], rtol=1e-4, atol=1e-5)
-    assert one["kl"].max() > 0.01 and policy.base_model.model.generation_config.max_new_tokens is None
+    assert one["kl"].max() > 0.01 and policy.get_base_model().generation_config.max_new_tokens is None
 
 
 def test_samples_that_are_not_the_models_own_are_pointed_out(pair, caplog):
@@ -151,7 +151,7 @@ def test_samples_keep_the_end_token_and_say_what_was_cut(model, tokenizer):
     with torch.no_grad(): model.transformer.wte.weight[1] *= 3      # make the end likelier, one way or the other
     samples = ev.sample(model, tokenizer, ["abc", "d", "efghi"], n=60, max_new_tokens=12, progress=False)
     assert any(samples.truncated) and not all(samples.truncated)
-    for ids, cut in zip(samples.response_ids, samples.truncated):
+    for ids, cut in zip(samples.response_ids, samples.truncated, strict=True):
         assert ids.count(1) == (0 if cut else 1) and (len(ids) == 12 if cut else ids[-1] == 1)
     assert [len(group) for group in samples.groups()] == [60, 60, 60] and samples.prompts[60] == "d"
     assert not any("<end>" in text for text in samples.responses)
@@ -163,7 +163,7 @@ def test_a_response_ends_where_the_generation_config_ends_a_turn(model, tokenize
     assert any(7 in ids[:-1] for ids in draw().response_ids), "without it, samples run on past token 7"
     model.generation_config.eos_token_id = ends
     samples, known = draw(), {1, 7} | set(ends if isinstance(ends, list) else [ends])
-    for ids, cut in zip(samples.response_ids, samples.truncated):
+    for ids, cut in zip(samples.response_ids, samples.truncated, strict=True):
         assert not known & set(ids[:-1]) and cut == (ids[-1] not in known) and (len(ids) == 16 or not cut)
     assert any(ids[-1] == 7 for ids in samples.response_ids) and model.generation_config.eos_token_id == ends
 
@@ -396,7 +396,7 @@ def test_clustered_errors_of_real_pairs(name, clustered, naive):
 
 
 def test_a_win_rate_is_clustered_by_prompt():
-    longer = lambda prompts, first, second: [float(len(a) > len(b)) for a, b in zip(first, second)]
+    longer = lambda prompts, first, second: [float(len(a) > len(b)) for a, b in zip(first, second, strict=True)]
     chat = [{"role": "user", "content": "q"}]
     candidates, references = ["aa", "aa", "aa", "b"], ["b", "b", "b", "aa"]
     once = ev.win_rate(candidates, references, ["p", "q", "r", "s"], longer)
@@ -419,7 +419,8 @@ def test_the_boltzmann_frontier_is_exact_when_the_samples_are_the_law():
     for point in ev.boltzmann_frontier(rewards, (5.0, 1.0, 0.1)):
         best = [torch.distributions.Categorical(logits=row / point["beta"]) for row in rewards]
         assert point["kl"] == pytest.approx(sum(torch.distributions.kl_divergence(b, uniform).item() for b in best) / 2)
-        assert point["reward"] == pytest.approx(sum((b.probs * row).sum().item() for b, row in zip(best, rewards)) / 2)
+        values = [(b.probs * row).sum().item() for b, row in zip(best, rewards, strict=True)]
+        assert point["reward"] == pytest.approx(sum(values) / 2)
     curve = ev.boltzmann_frontier(rewards)
     assert [p["reward"] for p in curve] == sorted(p["reward"] for p in curve)
     extreme = ev.boltzmann_frontier(rewards, (1e-4,))[0]
@@ -490,7 +491,8 @@ def test_frontier_against_its_definition():
             "it is a guide to action which ensures that the military always obeys the commands of the party",
             [
                 "it is a guide to action that ensures that the military will forever heed party commands",
-                "it is the guiding principle which guarantees the military forces always being under the command of the party",
+                "it is the guiding principle which guarantees the military forces "
+                "always being under the command of the party",
                 "it is the practical guide for the army always to heed the directions of the party",
             ],
             0.5045666840058485,
@@ -534,7 +536,7 @@ def test_a_judge_that_looks_at_the_order_decides_nothing():
 
 def test_win_rate_of_a_fair_judge():
     longer = lambda prompts, first, second: [
-        0.5 if len(a) == len(b) else float(len(a) > len(b)) for a, b in zip(first, second)
+        0.5 if len(a) == len(b) else float(len(a) > len(b)) for a, b in zip(first, second, strict=True)
     ]
     result = ev.win_rate(["aaa", "a", "aa", "aaaa"], ["b", "bbb", "bb", "b"], list("pqrs"), longer)
     assert (

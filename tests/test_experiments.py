@@ -1,4 +1,4 @@
-"""Comparisons end to end: they continue where they stopped, mix nothing, say what they were made with, and measure what they claim."""
+"""Comparisons end to end: they continue where they stopped, mix nothing, name their makers, measure what they claim."""
 
 import copy
 import functools
@@ -13,6 +13,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -149,9 +150,14 @@ def test_an_edited_loss_is_trained_anew_and_the_others_are_read(tmp_path, monkey
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     real, calls = harness.train_one, []
-    monkeypatch.setattr(
-        harness, "train_one", functools.wraps(real)(lambda *args: calls.append(args[3].loss) or real(*args))
-    )
+
+    @functools.wraps(real)
+    def counted(*args):
+        label: Any = args[3]
+        calls.append(label.loss)
+        return real(*args)
+
+    monkeypatch.setattr(harness, "train_one", counted)
     run = lambda **more: compare(
         "toy", "smoke", losses=["dpo", "mine"], out=tmp_path / "runs", overrides={**QUICK, "max_grad_norm": 0.0}, **more
     )
@@ -405,7 +411,8 @@ def test_profiles_are_read_with_every_name_and_type_checked(tmp_path):
         return read_profiles(file, toy.ToyConfig)
 
     profiles = read(
-        '[demo]\nletters = 4\noptimum_betas = [1, 0.5]\nsweep.dpo.beta = [0.1, 0.3]\n\n[smoke]\nlike = "demo"\nsteps = 3\n'
+        "[demo]\nletters = 4\noptimum_betas = [1, 0.5]\nsweep.dpo.beta = [0.1, 0.3]\n\n"
+        '[smoke]\nlike = "demo"\nsteps = 3\n'
     )
     assert profiles["smoke"] == toy.ToyConfig(
         letters=4, optimum_betas=(1.0, 0.5), sweep={"dpo": {"beta": [0.1, 0.3]}}, steps=3
@@ -464,7 +471,7 @@ def test_a_digest_may_count_in_the_key_of_a_stage(tmp_path):
     place = lambda: [Preparation(stages, RunConfig(), tmp_path).place(name) for name in "ab"]
     before = place()
     weights["digest"] = 2
-    assert all(old != new for old, new in zip(before, place()))
+    assert all(old != new for old, new in zip(before, place(), strict=True))
 
 
 def test_table_over_seeds(tmp_path):
@@ -505,10 +512,10 @@ def test_exact_numbers_of_the_toy_agree_with_sampling(tmp_path):
         progress=False,
     )
     rewards = []
-    for i, ids, text in zip(samples.index, samples.response_ids, samples.responses):
-        letters = text.replace(" ", "")
-        whole = ids[-1] == problem.tokenizer.eos_token_id and letters in place and len(ids) == len(letters) + 1
-        rewards.append(table[i, place[letters]].item() if whole else config.void_reward)
+    for i, ids, text in zip(samples.index, samples.response_ids, samples.responses, strict=True):
+        response = text.replace(" ", "")
+        whole = ids[-1] == problem.tokenizer.eos_token_id and response in place and len(ids) == len(response) + 1
+        rewards.append(table[i, place[response]].item() if whole else config.void_reward)
     value, se, _ = estimate(torch.tensor(rewards, dtype=torch.float64))
     assert exact["kl"] > 0.02 and abs(value - exact["reward"]) < 4 * se
     numbers = sample_kl(moved, problem.policy.eval(), samples, batch_size=600, progress=False)["kl"]
@@ -520,7 +527,7 @@ def test_exact_numbers_of_the_toy_agree_with_sampling(tmp_path):
 def test_toy_start_is_kept_and_read_again(tmp_path):
     config = replace(find_task("toy").configure("smoke")[1], **QUICK)
     first, second = (toy.prepare_toy(config, tmp_path, progress=False) for _ in range(2))
-    for a, b in zip(first.policy.parameters(), second.policy.parameters()): assert torch.equal(a, b)
+    for a, b in zip(first.policy.parameters(), second.policy.parameters(), strict=True): assert torch.equal(a, b)
     assert len(list(tmp_path.glob("start-*"))) == 1 and first.train[:] == second.train[:]
 
 
@@ -633,7 +640,7 @@ def test_a_seed_draws_other_pairs_from_the_same_start(tmp_path, monkeypatch):
         and a.eval[:] == b.eval[:]
         and a.prompts == b.prompts
     )
-    assert all(torch.equal(x, y) for x, y in zip(a.policy.parameters(), b.policy.parameters()))
+    assert all(torch.equal(x, y) for x, y in zip(a.policy.parameters(), b.policy.parameters(), strict=True))
     assert len(list(tmp_path.glob("pairs-*"))) == 2 and len(list(tmp_path.iterdir())) == 6
 
 
@@ -668,7 +675,7 @@ def test_held_out_numbers_are_those_of_the_evaluation_page(tmp_path):
 
 
 def test_policy_and_reference_are_measured_in_the_arithmetic_of_the_training(tmp_path):
-    "A trained model computes under autocast even when nobody asks it to; next to a reference that does not, a KL would be rounding."
+    "A trained model computes under autocast unasked; next to a reference that does not, a KL would be rounding."
     config = replace(find_task("toy").configure("smoke")[1], **QUICK)
     shared, seen = train.SharedStart(find_task("toy"), config, tmp_path, 0, False), []
     reward = lambda model: (
@@ -724,7 +731,7 @@ def test_the_interval_of_many_seeds_is_students(tmp_path):
 
 
 def test_policy_gradient_raises_the_exact_reward(tmp_path):
-    "Given the reward, it climbs; with a heavy KL in the reward it stays; and it uses each batch of samples as often as it should."
+    "Given the reward, it climbs; with a heavy KL in the reward it stays; it uses a batch of samples as often as asked."
     overrides = {**QUICK, "letters": 4, "pretrain_steps": 60, "steps": 20, "eval_steps": 20}
     record = compare("toy", "smoke", ["ppo:beta=0.3", "ppo:beta=50"], out=tmp_path, overrides=overrides, progress=False)
     free, held = (run["metrics"] for run in record["runs"])
@@ -743,7 +750,7 @@ def test_gradient_of_fresh_samples_is_reinforce(tmp_path):
     returns = (rollout["rewards"] - 0.3 * stats.log_ratio.sum(-1).detach()).view(3, 4)
     others = torch.stack([(returns.sum(1) - returns[:, j]) / 3 for j in range(4)], 1)
     (-(returns - others).flatten() * stats.logps.sum(-1)).mean().backward()
-    for a, b in zip(trainer.model.parameters(), plain.parameters()):
+    for a, b in zip(trainer.model.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-5)
     before = rollout["batch"]["input_ids"]
     trainer.compute_loss(trainer.model, {"prompt_ids": [[1, 2]]})

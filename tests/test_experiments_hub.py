@@ -1,4 +1,7 @@
-"""A model by name, LoRA, fine-tuning, pairs and measures: the pieces of the experiments on open models, with tiny random models in folders for hub ids."""
+"""A model by name, LoRA, fine-tuning, pairs and measures: the pieces of the experiments on open models.
+
+Tiny random models in folders stand for hub ids.
+"""
 
 import importlib.util
 import json
@@ -283,7 +286,10 @@ def test_a_comparison_on_a_named_model(task, named, tmp_path, rank, monkeypatch)
 
 def test_chat_messages_go_through_the_template(named, tmp_path):
     tokenizer = load_tokenizer(named)
-    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }} {% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }} {% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
     tokenizer.save_pretrained(named)
     rows = [{"prompt": f"What is {i}?", "chosen": f"It is {i}.", "rejected": "No idea."} for i in range(20)]
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
@@ -315,7 +321,10 @@ def test_a_run_that_nobody_made_is_announced(tmp_path, capsys):
 
 @pytest.mark.parametrize("place", ["here", "beside"])
 def test_a_run_of_ones_own_is_read(place, tmp_path, monkeypatch, capsys):
-    "What `tokpref compare` wrote where it was started, in the page's folder or at the top; but what lies in results/ comes first, and the book's own pages see nothing else."
+    """What `tokpref compare` wrote where it was started, in the page's folder or at the top.
+
+    But what lies in results/ comes first, and the book's own pages see nothing else.
+    """
     (tmp_path / "here").mkdir(), (tmp_path / "results").mkdir()
     monkeypatch.chdir(tmp_path / "here"), monkeypatch.delenv("TOKPREF_RESULTS_ONLY", raising=False)
     own = (tmp_path if place == "beside" else tmp_path / "here") / "runs" / "dialogue-colab" / "comparison.json"
@@ -354,13 +363,12 @@ def test_fine_tuning_with_another_optimiser_is_another_stage():
 
 @pytest.mark.parametrize("name", ["dialogue", "instructions"])
 def test_every_profile_is_sound(name):
-    "Losses, steps and batches of every profile fit together; the first one is the one that needs neither network nor card."
+    "Losses, steps and batches of every profile fit together; the first one needs neither network nor card."
     profiles = find_task(name).profiles
-    assert (
-        list(profiles) == ["nano", "smoke", "colab", "paper"]
-        and profiles["nano"].model == profiles["smoke"].model == "scratch"
-    )
-    for config in profiles.values():
+    assert list(profiles) == ["nano", "smoke", "colab", "paper"]
+    for profile, config in profiles.items():
+        assert isinstance(config, HubConfig)
+        if profile in ("nano", "smoke"): assert config.model == "scratch"
         assert set(resolve_losses(None, config)) == set(config.losses) and config.steps % config.eval_steps == 0
         assert pretrained.accumulation(config.batch_size, config.micro_batch) and pretrained.accumulation(
             config.sft_batch, config.micro_batch
@@ -403,7 +411,7 @@ def test_suites_are_asked_for_one_by_one(tmp_path, monkeypatch):
         }
 
     module = types.ModuleType("lm_eval")
-    module.simple_evaluate = simple_evaluate
+    monkeypatch.setattr(module, "simple_evaluate", simple_evaluate, raising=False)
     monkeypatch.setitem(sys.modules, "lm_eval", module)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
     (tmp_path / "adapter_config.json").write_text(
@@ -427,5 +435,5 @@ def test_one_dataset_of_made_up_pairs(tmp_path):
     assert (
         isinstance(pairs, Dataset)
         and pairs[:] == made_up_pairs(50, seed=3)[:]
-        and all(a != b for a, b in zip(pairs["chosen"], pairs["rejected"]))
+        and all(a != b for a, b in zip(pairs["chosen"], pairs["rejected"], strict=True))
     )

@@ -1,4 +1,4 @@
-"""Stories with sums: every problem has one solution, the checker finds where another breaks, and no list of problems knows another."""
+"""Stories with sums: one solution each, a checker that finds where another breaks, lists that share no problem."""
 
 import re
 from dataclasses import replace

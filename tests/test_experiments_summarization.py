@@ -44,7 +44,7 @@ def test_the_rule_of_length_is_what_the_lengths_say(model, tokenizer):
     config = SummarizationConfig(temperatures=(0.0, 1.0), max_new_tokens=12, eval_batch=4)
     asked = []
     def judge(prompts, first, second):
-        asked.extend(zip(prompts, first, second))
+        asked.extend(zip(prompts, first, second, strict=True))
         return longer_is_better(prompts, first, second)
     found = summary_metrics(model, tokenizer, posts, judge, config)
     assert len(asked) == 2 * 2 * 3 and {x for x, _, _ in asked} == {post for post, _ in posts}
@@ -90,4 +90,5 @@ def test_the_papers_settings():
         "rmsprop",
         256,
     )
-    assert summarization.SUMMARIZATION.profiles["colab"].judge.startswith("reward:")
+    colab = summarization.SUMMARIZATION.profiles["colab"]
+    assert isinstance(colab, SummarizationConfig) and colab.judge.startswith("reward:")

@@ -1,4 +1,4 @@
-"""`make gpu`: its comparisons are settings that exist, it skips what is there, goes on after a failure and stops when the time is up."""
+"""`make gpu`: its comparisons exist; it skips what is there, goes on after a failure, stops when the time is up."""
 
 import importlib.util
 import json

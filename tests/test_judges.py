@@ -1,4 +1,4 @@
-"""Judges: verdicts on record, an endpoint that is busy, broken or closed, a reward model, and what length does to a score."""
+"""Judges: verdicts on record, an endpoint busy, broken or closed, a reward model, and length's part in a score."""
 
 import json
 import math
@@ -26,7 +26,7 @@ class Recorder:
     def __init__(self, verdicts): self.verdicts, self.asked = verdicts, []
 
     def __call__(self, prompts, first, second):
-        self.asked += zip(prompts, first, second)
+        self.asked += zip(prompts, first, second, strict=True)
         return [self.verdicts[prompt] for prompt in prompts]
 
 
@@ -117,11 +117,9 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.script, self.requests, self.reply = (
-            [],
-            [],
-            lambda a, b: "A" if a.count("x") > b.count("x") else "B" if b.count("x") > a.count("x") else "T",
-        )
+        self.script = []
+        self.requests = []
+        self.reply = lambda a, b: "A" if a.count("x") > b.count("x") else "B" if b.count("x") > a.count("x") else "T"
 
     @property
     def url(self): return f"http://127.0.0.1:{self.server_address[1]}/v1"
@@ -296,9 +294,9 @@ def test_a_reward_model_counts_with_what_the_card_has(reward_folder, monkeypatch
     )
     for own in (True, False):
         monkeypatch.setattr(
-            torch.cuda, "is_bf16_supported", lambda including_emulation=True: own or including_emulation
+            torch.cuda, "is_bf16_supported", lambda including_emulation=True, own=own: own or including_emulation
         )
-        with pytest.raises(ZeroDivisionError): RewardJudge(str(reward_folder)).parts
+        with pytest.raises(ZeroDivisionError): _ = RewardJudge(str(reward_folder)).parts
     assert asked == [torch.bfloat16, torch.float16]
 
 

@@ -54,7 +54,7 @@ def test_a_token_that_is_ruled_out_adds_nothing():
 @pytest.mark.parametrize("family", ["Llama", "Gemma2", "Cohere"])
 @pytest.mark.parametrize("name", ["dpo", "tdpo2"])
 def test_a_whole_step(name, family, chunk_size, monkeypatch):
-    "Loss and gradients with the kernels and without; a soft cap (Gemma 2), a scale (Cohere), and chunks that are scored twice."
+    "Loss and gradients with the kernels and without; a soft cap (Gemma 2), a scale (Cohere), chunks scored twice."
     model, ref_model = (make(family, seed).float().to(DEVICE) for seed in (0, 1))
     batch = {key: value.to(DEVICE) for key, value in shared_batch().items()}
     loss = functools.partial(LOSSES[name], beta=0.3)

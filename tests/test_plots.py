@@ -81,7 +81,8 @@ def figures():
 def test_every_figure_is_saved_and_leaves_no_window(tmp_path):
     for i, figure in enumerate(figures()):
         figure.savefig(tmp_path / f"{i}.png")
-        assert (tmp_path / f"{i}.png").stat().st_size > 3000 and figure._repr_png_()[:4] == b"\x89PNG"
+        assert (tmp_path / f"{i}.png").stat().st_size > 3000
+        assert isinstance(figure, style.Page) and figure._repr_png_()[:4] == b"\x89PNG"
     assert plt.get_fignums() == []
 
 

@@ -185,7 +185,7 @@ def test_links_and_anchors_resolve(site):
 def test_one_title_and_headings_in_order(site):
     for page in site[1]:
         levels = [int(level) for level in re.findall(r"<h([1-6])\b", article(site, page))]
-        assert levels.count(1) == 1 and all(b <= a + 1 for a, b in zip(levels, levels[1:], strict=False)), page.source
+        assert levels.count(1) == 1 and all(b <= a + 1 for a, b in zip(levels, levels[1:], strict=True)), page.source
 
 
 def test_every_figure_says_what_it_shows(site):

@@ -1,4 +1,4 @@
-"""What the trainer says before the first step, and what it computes where precision, adapters and precomputed numbers meet."""
+"""What the trainer says before its first step, what it computes where precision, adapters and stored numbers meet."""
 
 import copy
 import doctest
@@ -184,7 +184,7 @@ def test_rows_without_the_numbers_of_a_reference_that_is_gone_are_refused(make, 
 
 @pytest.mark.parametrize("loss", ["dpo", "tdpo2"])
 def test_an_adapter_that_was_trained_before_is_part_of_the_reference(make, model, caplog, loss):
-    "As TRL: the loss starts at ln 2 and every margin at 0. The copy shares the base's weights and does not train along."
+    "As TRL: the loss starts at ln 2, every margin at 0. The copy shares the base's weights and does not train along."
     policy = adapted(model)
     with caplog.at_level(logging.WARNING, "tokpref.training"):
         trainer = make(dict(model=policy, eval_dataset=PAIRS), loss=loss, learning_rate=1e-2, max_steps=3)

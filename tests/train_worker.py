@@ -1,4 +1,4 @@
-"""Trains a tiny model for a few steps and saves its weights; run by test_distributed.py, alone or under torch.distributed.run."""
+"""Trains a tiny model a few steps and saves its weights; test_distributed.py runs it, alone and as two processes."""
 
 import os
 import sys

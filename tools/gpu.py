@@ -1,10 +1,11 @@
-"""Everything that is worth a GPU, in order of value: `make gpu`, or `python tools/gpu.py [--minutes 13] [--only PART ...]`.
+"""What is worth a GPU, in order of value: `make gpu`, or `python tools/gpu.py [--minutes 13] [--only PART ...]`.
 
-Each part runs in a process of its own, for at most its share of the time, and ends in one file in results/, or in $OUT where that is
-set. What is there already is left alone, a part that fails does not stop the others, and nothing starts after the time is up; a
-comparison that was cut off goes on where it stopped. The machine needs torch, transformers, peft, accelerate, pytest, pandas and
-pyarrow of its own; what else is missing comes, with the data, from .gpu/, which `make gpu-data` fills here and which is to be carried
-there beside the repository. It is unpacked into a folder outside the checkout, and found there by later calls that do not carry it.
+Each part runs in a process of its own, for at most its share of the time, and ends in one file in results/, or in $OUT
+where that is set. What is there already is left alone, a part that fails does not stop the others, and nothing starts
+after the time is up; a comparison that was cut off goes on where it stopped. The machine needs torch, transformers,
+peft, accelerate, pytest, pandas and pyarrow of its own; what else is missing comes, with the data, from .gpu/, which
+`make gpu-data` fills here and which is to be carried there beside the repository. It is unpacked into a folder outside
+the checkout, and found there by later calls that do not carry it.
 """
 import argparse
 import importlib
@@ -285,7 +286,7 @@ def in_a_process(name: str, seeds: int, args, target: Path, seconds: float) -> s
 
 
 def run_all(args) -> int:
-    "Every part that is wanted and not there, comparisons first with one seed and then with all; a line for each at the end."
+    "Every part wanted and not there, comparisons first with one seed and then with all; a line for each at the end."
     out = ROOT / "runs" / "gpu-quick" if args.quick else Path(os.environ.get("OUT") or ROOT / "results")
     if args.quick: shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True, exist_ok=True)
@@ -300,7 +301,8 @@ def run_all(args) -> int:
         elif left < 20: how = "not started; the time is up"
         else:
             print(f"\n== {name}, {left / 60:.1f} minutes left", flush=True)
-            how = in_a_process(name, seeds, args, target, min(left, MOST.get(name, left)))
+            most = MOST.get(name, left)
+            how = in_a_process(name, seeds, args, target, min(left, most))
         what = name + (", all seeds" if seeds == ALL else ", one seed" if name in COMPARISONS else "")
         file = PARTS[name] if target.exists() else ""
         lines.append(f"{what:<26} {how:<28} {time.monotonic() - start:>6.0f} s   {file}")
