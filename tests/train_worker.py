@@ -10,7 +10,6 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tokpref import PreferenceConfig, PreferenceTrainer
 
-out, batch_size = sys.argv[1], int(sys.argv[2])
 words = "<pad> <bos> <eos> yes no is it true very".split()
 tokenizer = PreTrainedTokenizerFast(
     tokenizer_object=Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<pad>")),
@@ -20,7 +19,7 @@ pairs = [dict(prompt="<bos> " + q, chosen=a, rejected=b) for q in ("is it true",
          for a, b in (("yes", "no"), ("very yes", "very no"), ("yes it is", "no"), ("yes", "no it is"))]
 
 
-def train(**changes) -> dict:
+def train(batch_size: int, **changes) -> dict:
     "Weights, and an evaluation over a number of pairs that two processes can't share evenly."
     torch.manual_seed(0)
     model = LlamaForCausalLM(
@@ -66,8 +65,17 @@ def train(**changes) -> dict:
     }
 
 
-tbpo_q = dict(loss="tbpo_q", baseline_width=8, baseline_learning_rate=0.1)
-budget = dict(tbpo_q, token_budget=18)      # with which the two processes take different numbers of passes
-runs = {"tdpo2": train(loss="tdpo2"), "tbpo_q": train(**tbpo_q), "budget": train(**budget),
-        "precomputed": train(loss="dpo", precompute_ref_logps=True)}
-if int(os.environ.get("RANK", 0)) == 0: torch.save(runs, out)
+def main(out: str, batch_size: int) -> None:
+    tbpo_q = dict(loss="tbpo_q", baseline_width=8, baseline_learning_rate=0.1)
+    budget = dict(tbpo_q, token_budget=18)      # with which the two processes take different numbers of passes
+    settings = {
+        "tdpo2": dict(loss="tdpo2"),
+        "tbpo_q": tbpo_q,
+        "budget": budget,
+        "precomputed": dict(loss="dpo", precompute_ref_logps=True),
+    }
+    runs = {name: train(batch_size, **changes) for name, changes in settings.items()}
+    if int(os.environ.get("RANK", 0)) == 0: torch.save(runs, out)
+
+
+if __name__ == "__main__": main(sys.argv[1], int(sys.argv[2]))
