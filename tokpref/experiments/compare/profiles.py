@@ -18,7 +18,7 @@ from .problem import RunConfig, as_setting
 if sys.version_info >= (3, 11):
     import tomllib
 else:
-    import tomli as tomllib
+    import tomli as tomllib  # pyright: ignore[reportMissingImports]  (installed on Python 3.10 only)
 
 # %% ../../../nbs/experiments/compare/02_profiles.ipynb #6ab59d1e
 def _settings_of(name: str, tables: Mapping[str, Any], seen: tuple[str, ...] = ()) -> dict[str, Any]:
