@@ -228,6 +228,31 @@ def test_accuracies_by_hand():
     with pytest.raises(ValueError, match="lengths"): pair_accuracies(torch.ones(2), [1], [1])
 
 
+def test_the_error_of_an_accuracy_is_clustered_by_prompt(named, tokenizer):
+    right, words = [1, 1, 1, -1], [1] * 4
+    for prompts, error in {"aaab": 0.375, "abcd": 0.25}.items():
+        assert pair_accuracies(right, words, words, prompts=prompts)["accuracy_se"] == pytest.approx(error)
+    assert pair_accuracies(right, words, words)["accuracy_se"] == pytest.approx(0.25)
+    with pytest.raises(ValueError, match="4 margins but 3 prompts"): pair_accuracies(right, words, words, prompts="abc")
+    rows = [{"prompt": "Q", "chosen": "long " * 3, "rejected": "one"}] * 3
+    rows.append({"prompt": "R", "chosen": "one", "rejected": "long " * 3})
+    pairs = Dataset.from_list(rows)
+    for side, lengths in {"chosen": [3, 3, 3, 1], "rejected": [1, 1, 1, 3]}.items():
+        pairs = pairs.add_column(f"{side}_words", lengths)
+    assert length_baseline(pairs)["accuracy_se"] == pytest.approx(0.375)
+    named_model = load_model(named).eval()
+    ready, _ = prepare(pairs, tokenizer, max_length=110, examples=0)
+    for side in ("chosen", "rejected"):
+        if f"{side}_words" not in ready.column_names:
+            ready = ready.add_column(f"{side}_words", list(pairs[f"{side}_words"]))
+    measure = PairMeasure(tokenizer, load_model(named).eval(), ready, ready["prompt_ids"][:1], QUICK)
+    with torch.no_grad():
+        for weight in named_model.parameters(): weight.mul_(1.3)
+    accuracy = measure(named_model)
+    assert accuracy["accuracy"] in (0, 0.25, 0.75, 1)
+    assert accuracy["accuracy_se"] == pytest.approx(0.375 if accuracy["accuracy"] in (0.25, 0.75) else 0)
+
+
 def test_an_adapter_switched_off_is_the_reference(named, tokenizer):
     pairs = made_up_pairs(10, seed=0)
     ready, _ = prepare(pairs, tokenizer, max_length=110, examples=0)

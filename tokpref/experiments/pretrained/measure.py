@@ -6,7 +6,8 @@
 __all__ = ['MATCHED', 'pair_accuracies', 'length_baseline', 'PairMeasure', 'judged_wins', 'nucleus_diversity']
 
 # %% ../../../nbs/experiments/pretrained/02_measure.ipynb #62acffeb
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,8 @@ from datasets import Dataset
 from torch import Tensor, nn
 
 from ...data import PreferenceCollator
-from ...evaluation import Samples, diversity, estimate, predictive_entropy, preference_table, sample, sample_kl
+from ...evaluation import Samples, diversity, predictive_entropy, preference_table, sample, sample_kl
+from ...evaluation.estimate import clustered_estimate
 from ...models import autocast, has_adapter
 from ..judges import wins
 from .pairs import HubConfig
@@ -28,11 +30,14 @@ def pair_accuracies(
     margins: Tensor | Sequence[float],  # [N] of the chosen over the rejected response, by whatever orders them
     chosen_words: Sequence,             # [N] their lengths
     rejected_words: Sequence,
+    *,
+    prompts: Sequence[Hashable] | None = None,  # [N] of each pair; None: no two pairs share one
 ) -> dict[str, float]:
     """Share of positive margins, a tie for one half: of all pairs, and by the length of the chosen response.
 
-    `accuracy_se` is the standard error over pairs; `accuracy_shorter`, `accuracy_longer` and `accuracy_matched`, of
-    about equal length, are there where there are such pairs. Raises `ValueError` for different lengths or no pairs.
+    `accuracy_se` is the standard error, clustered by prompt, and 0 for one pair; `accuracy_shorter`, `accuracy_longer`
+    and `accuracy_matched`, of about equal length, are there where there are such pairs. Raises `ValueError` for
+    different lengths or no pairs.
 
     >>> pair_accuracies([1.0, -1.0], [10, 4], [5, 9])
     {'accuracy': 0.5, 'accuracy_se': 0.5, 'accuracy_shorter': 0.0, 'accuracy_longer': 1.0}
@@ -40,17 +45,27 @@ def pair_accuracies(
     chosen, rejected = (torch.as_tensor(list(words), dtype=torch.float64) for words in (chosen_words, rejected_words))
     if not len(margins) == len(chosen) == len(rejected) > 0:
         raise ValueError(f"pair_accuracies: {len(margins)} margins, {len(chosen)} and {len(rejected)} lengths")
+    if prompts is not None and len(prompts) != len(margins):
+        raise ValueError(f"pair_accuracies: {len(margins)} margins but {len(prompts)} prompts")
     right = (torch.as_tensor(margins).double().cpu().sign() + 1) / 2
+    clusters = range(len(right)) if prompts is None else prompts
+    se = clustered_estimate(right, clusters).se if len(right) > 1 else 0.0
     near = (chosen - rejected).abs() <= MATCHED * torch.maximum(chosen, rejected)
     parts = {"shorter": chosen < rejected, "longer": chosen > rejected, "matched": near}
-    accuracies = {"accuracy": float(right.mean()), "accuracy_se": estimate(right).se if len(right) > 1 else 0.0}
+    accuracies = {"accuracy": float(right.mean()), "accuracy_se": se}
     return accuracies | {f"accuracy_{name}": float(right[part].mean()) for name, part in parts.items() if part.any()}
+
+
+def _prompts_of(pairs: Dataset) -> list[str]:
+    "The prompt of each pair, as text that can be compared: of prepared pairs its ids, otherwise what is written."
+    return [json.dumps(prompt) for prompt in pairs["prompt_ids" if "prompt_ids" in pairs.column_names else "prompt"]]
 
 
 def length_baseline(pairs: Dataset) -> dict[str, float]:
     "`pair_accuracies` of the rule that the longer response is better."
     chosen, rejected = list(pairs["chosen_words"]), list(pairs["rejected_words"])
-    return pair_accuracies(torch.tensor(chosen) - torch.tensor(rejected), chosen, rejected)
+    return pair_accuracies(
+        torch.tensor(chosen) - torch.tensor(rejected), chosen, rejected, prompts=_prompts_of(pairs))
 
 # %% ../../../nbs/experiments/pretrained/02_measure.ipynb #45ab1bad
 @dataclass
@@ -77,7 +92,8 @@ class PairMeasure:
             table = preference_table(model, reference, self.pairs, collator, batch_size=size, progress=False)
             own = sample_kl(model, reference, answers, batch_size=size, progress=False)
         margins = table["implicit/margins"]
-        accuracies = pair_accuracies(margins, self.pairs["chosen_words"], self.pairs["rejected_words"])
+        accuracies = pair_accuracies(
+            margins, self.pairs["chosen_words"], self.pairs["rejected_words"], prompts=_prompts_of(self.pairs))
         return accuracies | {
             "kl_chosen": float(table["kl/chosen"].mean()),
             "kl_rejected": float(table["kl/rejected"].mean()),
