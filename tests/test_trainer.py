@@ -17,7 +17,7 @@ from transformers import BloomConfig, BloomForCausalLM, OPTConfig, OPTForCausalL
 
 from tokpref import LOSSES, PreferenceConfig, PreferenceTrainer, metrics, prepare
 from tokpref.losses.types import LossSpec, PairLoss
-from tokpref.models import disable_dropout
+from tokpref.models import disable_dropout, layers_of
 from tokpref.training import load_baseline_head, model_card
 from tokpref.training.card import hub_name
 from tokpref.training.setup import not_finite
@@ -490,6 +490,16 @@ def test_the_card_says_how_far_training_went(make):
     trainer.train()
     card = model_card(trainer)
     assert "| steps | 3 |" in card and "| epochs | 1 |" in card
+
+
+def test_compiled_layers_train_as_before_with_all_fast_ways(make):
+    plain, compiled = make(max_steps=3), make(max_steps=3, torch_compile=True, torch_compile_backend="eager")
+    for trainer in (plain, compiled): trainer.train()
+    assert compiled.engine == {"one_pass": True, "shared_prompt": True}
+    assert type(compiled.model_wrapped).__name__ != "OptimizedModule", "the whole model is not compiled once more"
+    assert all(layer._compiled_call_impl is not None for layer in layers_of(compiled.model))
+    for ours, theirs in zip(compiled.model.parameters(), plain.model.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_a_broken_run_names_a_checkpoint_from_before_it_broke(make, tmp_path):

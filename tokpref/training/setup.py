@@ -6,7 +6,7 @@
 __all__ = ['NEVER_CALLED', 'BASELINE_FILE', 'check_arguments', 'check_token_budget', 'check_models', 'check_trainable',
            'load_models', 'adapter_is_new', 'frozen_twin', 'choose_reference', 'row_lengths', 'check_positions',
            'with_lengths', 'prepare_dataset', 'check_precompute', 'add_reference', 'make_baseline_head',
-           'load_baseline_head', 'add_to_optimizer', 'choose_engine', 'not_finite']
+           'load_baseline_head', 'add_to_optimizer', 'choose_engine', 'compile_by_layers', 'not_finite']
 
 # %% ../../nbs/library/training/01_setup.ipynb #469a3e5a
 import copy
@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DynamoBackend
 from datasets import Dataset
 from safetensors.torch import load_file
 from torch import nn
@@ -28,7 +29,16 @@ from ..engine.obstacles import engine_obstacles
 from ..engine.reference import add_ref_logps, cached_ref_logps
 from ..losses import BaselineHead
 from ..losses.registry import LossSpec, mixes_pairs
-from ..models import add_adapter, base_model, frozen, has_adapter, load_model, load_tokenizer, pick_reference
+from tokpref.models import (
+    add_adapter,
+    base_model,
+    compile_layers,
+    frozen,
+    has_adapter,
+    load_model,
+    load_tokenizer,
+    pick_reference,
+)
 from .config import PreferenceConfig
 
 # %% ../../nbs/library/training/01_setup.ipynb #a9103dff
@@ -296,6 +306,15 @@ def choose_engine(
     lines = [name.replace("_", " ") + (f" off ({why})" if why else " on") for name, why in reasons.items()]
     _tell(logging.WARNING if any(obstacles.values()) else logging.INFO, "engine: %s", "; ".join(lines))
     return {name: why is None for name, why in reasons.items()}
+
+# %% ../../nbs/library/training/01_setup.ipynb #a25115c7
+def compile_by_layers(accelerator: Accelerator, args: PreferenceConfig, *models: nn.Module | None) -> None:
+    "Compile the layers of these models as `args` says, and keep accelerate from compiling the whole."
+    options = {"backend": args.torch_compile_backend, "mode": args.torch_compile_mode}
+    for model in models:
+        if model is not None: compile_layers(model, **{name: value for name, value in options.items() if value})
+    plugin = accelerator.state.dynamo_plugin
+    if plugin is not None: plugin.backend = DynamoBackend.NO
 
 # %% ../../nbs/library/training/01_setup.ipynb #7111fac7
 def not_finite(step: int, rows: list[int], output_dir: str | None, learning_rate: float) -> str:

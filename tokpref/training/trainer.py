@@ -74,11 +74,13 @@ class PreferenceTrainer(Trainer):
         if args.n_gpu > 1:
             raise ValueError(f"one process sees {args.n_gpu} GPUs: start with torchrun --nproc-per-node {args.n_gpu}, "
                              "or set CUDA_VISIBLE_DEVICES=0")
+        if args.torch_compile: setup.compile_by_layers(self.accelerator, args, policy, self.ref_model)
         setup.check_token_budget(args, self.loss, sharded=self.is_fsdp_enabled or self.is_deepspeed_enabled)
 
         self.model_accepts_loss_kwargs = False      # the Trainer divides the mean loss by accumulation steps
         self.share: float = 1.0                     # what the mean loss of the pass under way counts for
         self.engine: dict[str, bool] | None = None  # which of the fast ways are on; None: before the first batch
+        self.unseen: list[tuple[Tensor, Tensor]] = []    # losses and rows that were not looked at yet
         self.averages = {"train": RunningAverages(), "eval": RunningAverages()}
         self.baseline_head: Any = None              # TBPO-Q's
         if self.spec.baseline:
@@ -116,13 +118,13 @@ class PreferenceTrainer(Trainer):
                 one_pass=self.engine["one_pass"], shared_prompt=self.engine["shared_prompt"])
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None) -> Any:
-        "The mean loss of a batch and, if asked, the `PairLoss`. Raises `FloatingPointError` if it is not finite."
+        """The mean loss of a batch and, if asked, the `PairLoss`.
+
+        Raises `FloatingPointError` if it is not finite: at evaluation at once, in training after the backward pass,
+        since to look at a number on a GPU is to wait for it."""
         loss, pairs, chosen, rejected = self.batch_loss(model, inputs)
-        finite = pairs.losses.isfinite()
-        if not finite.all():
-            rows = inputs["row"][~finite].tolist()
-            message = setup.not_finite(self.state.global_step, rows, self.args.output_dir, self.args.learning_rate)
-            raise FloatingPointError(message)
+        self.unseen.append((pairs.losses, inputs["row"]))
+        if not model.training: self.check_finite()
         metrics = {"loss": pairs.losses.float(), **pair_metrics(pairs, chosen, rejected)}
         if model.training:
             self.averages["train"].add(metrics)
@@ -158,8 +160,18 @@ class PreferenceTrainer(Trainer):
                 if i < len(passes) - 1:
                     for module in parts: wait.enter_context(self.accelerator.no_sync(module))
                 total = total + super().training_step(model, part, num_items_in_batch)
+                self.check_finite()
         self.share = 1.0
         return total
+
+    def check_finite(self) -> None:
+        "Raise `FloatingPointError` with step and rows if a loss that was not looked at yet is not finite."
+        unseen, self.unseen = self.unseen, []
+        for losses, rows in unseen:
+            finite = losses.isfinite()
+            if finite.all(): continue
+            step, folder = self.state.global_step, self.args.output_dir
+            raise FloatingPointError(setup.not_finite(step, rows[~finite].tolist(), folder, self.args.learning_rate))
 
     # An evaluation
 
