@@ -122,6 +122,9 @@ for (const e of document.querySelectorAll('body *')) {
 }
 return [...found.values()]"""
 
+LISTED = """const box = document.querySelector('#chapters [aria-current]').getBoundingClientRect();
+return box.height > 0 && box.bottom <= innerHeight"""
+
 
 @pytest.fixture(scope="module")
 def visits(site, browser):
@@ -135,6 +138,7 @@ def visits(site, browser):
                 f"const done = arguments[0]; (async () => {{ {BROKEN} }})().then(done)"
             ),
             "prose": browser.execute_script(PROSE),
+            "listed": browser.execute_script(LISTED),
             "pale": {},
         }
         for theme in ("dark", "light"):
@@ -151,6 +155,10 @@ def visits(site, browser):
 
 def test_every_page_loads_without_complaint(visits):
     for source, see in visits.items(): assert not see["log"] and not see["broken"], source
+
+
+def test_the_list_of_chapters_shows_where_one_is(visits):
+    assert not [source for source, see in visits.items() if not see["listed"]]
 
 
 def test_no_formula_is_left_as_text(visits):
