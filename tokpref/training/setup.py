@@ -24,11 +24,6 @@ from datasets import Dataset
 from safetensors.torch import load_file
 from torch import nn
 
-from ..data import PrepReport, check_tokenizer, prepare
-from ..engine.obstacles import engine_obstacles
-from ..engine.reference import add_ref_logps, cached_ref_logps
-from ..losses import BaselineHead
-from ..losses.registry import LossSpec, mixes_pairs
 from tokpref.models import (
     add_adapter,
     base_model,
@@ -39,6 +34,12 @@ from tokpref.models import (
     load_tokenizer,
     pick_reference,
 )
+
+from ..data import PrepReport, check_tokenizer, prepare
+from ..engine.obstacles import engine_obstacles
+from ..engine.reference import add_ref_logps, cached_ref_logps
+from ..losses import BaselineHead
+from ..losses.registry import LossSpec, mixes_pairs
 from .config import PreferenceConfig
 
 # %% ../../nbs/library/training/01_setup.ipynb #a9103dff
