@@ -1,4 +1,4 @@
-"""The same numbers on a GPU as on a CPU: engine, packing, adapters, trainer and sampling, against full logits in float64.
+"""The same numbers on a GPU as on a CPU: engine, packing, adapters, trainer, sampling, against full logits in float64.
 
 Skipped without a GPU. TOKPREF_TEST_DEVICE=cpu runs the same checks on a CPU, to test the tests.
 """
@@ -7,13 +7,23 @@ import functools
 import os
 
 import pytest
+import test_engine as plain_engine
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 from torch.testing import assert_close
 
-import test_engine as plain_engine
-from tokpref import LOSSES, BaselineHead, PreferenceConfig, PreferenceTrainer, pair_loss, preference_metrics, sample, sample_kl, token_stats
+from tokpref import (
+    LOSSES,
+    BaselineHead,
+    PreferenceConfig,
+    PreferenceTrainer,
+    pair_loss,
+    preference_metrics,
+    sample,
+    sample_kl,
+    token_stats,
+)
 from tokpref.data import PreferenceCollator, prepare
 from tokpref.engine import one_pass, trial
 from tokpref.experiments.judges import RewardJudge
@@ -43,7 +53,9 @@ def same(found, wanted, tolerance):
     "Loss and gradients, each gradient to the size of its largest entry."
     assert_close(found[0].cpu().double(), wanted[0].double(), rtol=tolerance, atol=tolerance)
     for ours, theirs in zip(found[1], wanted[1], strict=True):
-        assert_close(ours.cpu().double(), theirs.double(), rtol=tolerance, atol=tolerance * max(1e-3, theirs.abs().max().item()))
+        assert_close(
+            ours.cpu().double(), theirs.double(), rtol=tolerance, atol=tolerance * max(1e-3, theirs.abs().max().item())
+        )
 
 
 # The engine
@@ -57,21 +69,36 @@ def test_losses_and_gradients_in_float32(family, way):
     model, ref_model = there(policy), there(reference)
     for name in ("dpo", "tdpo1", "tbpo_a"):
         wanted = plain_engine.slow(name, policy, reference, batch, weights)
-        same(plain_engine.fast(name, model, ref_model, moved(batch), list(model.parameters()), **WAYS[way]), wanted, 1e-4)
+        same(
+            plain_engine.fast(name, model, ref_model, moved(batch), list(model.parameters()), **WAYS[way]), wanted, 1e-4
+        )
 
 
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_every_loss_in_float32(name, side):
-    policy, reference, batch = plain_engine.make("Llama"), plain_engine.make("Llama", 1).requires_grad_(False), plain_engine.shared_batch(side)
+    policy, reference, batch = (
+        plain_engine.make("Llama"),
+        plain_engine.make("Llama", 1).requires_grad_(False),
+        plain_engine.shared_batch(side),
+    )
     head = BaselineHead(16, 8)
     torch.nn.init.normal_(head.layers[-1].weight)
     here, gpu = copy.deepcopy(head).double(), copy.deepcopy(head).to(DEVICE)
     baseline = (lambda hidden: here.layers(hidden).squeeze(-1)) if LOSSES[name].baseline else None
-    wanted = plain_engine.slow(name, policy, reference, batch, list(policy.parameters()) + (list(here.parameters()) if baseline else []), baseline)
+    wanted = plain_engine.slow(
+        name,
+        policy,
+        reference,
+        batch,
+        list(policy.parameters()) + (list(here.parameters()) if baseline else []),
+        baseline,
+    )
     model = there(policy)
     weights = list(model.parameters()) + (list(gpu.parameters()) if baseline else [])
-    same(plain_engine.fast(name, model, there(reference), moved(batch), weights, gpu if baseline else None), wanted, 1e-4)
+    same(
+        plain_engine.fast(name, model, there(reference), moved(batch), weights, gpu if baseline else None), wanted, 1e-4
+    )
 
 
 def distance(found, wanted):
@@ -91,9 +118,16 @@ def under_autocast(name, model, ref_model, batch, weights):
     keep = batch["completion_mask"][:, 1:].bool()
     logp, logq = stats[0], stats[1].detach()
     y = batch["input_ids"][:, 1:, None]
-    values = logp.gather(-1, y)[..., 0] * keep, logq.gather(-1, y)[..., 0] * keep, keep, (logq.exp() * (logq - logp)).sum(-1) * keep
+    values = (
+        logp.gather(-1, y)[..., 0] * keep,
+        logq.gather(-1, y)[..., 0] * keep,
+        keep,
+        (logq.exp() * (logq - logp)).sum(-1) * keep,
+    )
     half = len(keep) // 2
-    sides = [plain_engine.TokenStats(*(value[part] for value in values)) for part in (slice(0, half), slice(half, None))]
+    sides = [
+        plain_engine.TokenStats(*(value[part] for value in values)) for part in (slice(0, half), slice(half, None))
+    ]
     return plain_engine.mean_and_gradients(LOSSES[name](*sides).losses.mean(), weights)
 
 
@@ -104,9 +138,13 @@ def test_bfloat16_loses_no_more_than_full_logits_do(name):
     wanted = plain_engine.slow(name, policy, reference.requires_grad_(False), batch, list(policy.parameters()))
     model, ref_model = there(policy), there(reference)
     weights = list(model.parameters())
-    with torch.autocast(DEVICE.type, torch.bfloat16): ours = plain_engine.fast(name, model, ref_model, moved(batch), weights)
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        ours = plain_engine.fast(name, model, ref_model, moved(batch), weights)
     assert ours[0].dtype == torch.float32 and {g.dtype for g in ours[1]} == {torch.float32}
-    ours, theirs = distance(ours, wanted), distance(under_autocast(name, model, ref_model, moved(batch), weights), wanted)
+    ours, theirs = (
+        distance(ours, wanted),
+        distance(under_autocast(name, model, ref_model, moved(batch), weights), wanted),
+    )
     assert ours[0] <= 2 * theirs[0] + 0.01 and ours[1] <= 1.5 * theirs[1] + 0.01, (ours, theirs)
 
 
@@ -114,7 +152,9 @@ def test_bfloat16_loses_no_more_than_full_logits_do(name):
 def test_models_in_low_precision(dtype, tolerance):
     policy, reference, batch = plain_engine.make("Llama"), plain_engine.make("Llama", 1), plain_engine.shared_batch()
     exact = token_stats(policy, reference, batch)
-    for found, wanted in zip(token_stats(there(policy, dtype), there(reference, dtype), moved(batch)), exact):
+    for found, wanted in zip(
+        token_stats(there(policy, dtype), there(reference, dtype), moved(batch)), exact, strict=True
+    ):
         assert found.logps.dtype == torch.float32
         for field in ("logps", "ref_logps", "kl"):
             assert_close(getattr(found, field).cpu().double(), getattr(wanted, field), rtol=tolerance, atol=tolerance)
@@ -124,25 +164,44 @@ def test_models_in_low_precision(dtype, tolerance):
 
 def big(seed):
     torch.manual_seed(seed)
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        vocab_size=32_000, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=1024)).to(DEVICE)
+    return transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=32_000,
+            hidden_size=128,
+            intermediate_size=256,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=1024,
+        )
+    ).to(DEVICE)
 
 
 def big_batch(pairs=4, prompt=40, longest=160):
     generator = torch.Generator().manual_seed(0)
     draw = lambda n: torch.randint(3, 32_000, (n,), generator=generator)
-    prompts, lengths = [draw(prompt + i) for i in range(pairs)], torch.randint(8, longest, (2 * pairs,), generator=generator).tolist()
+    prompts, lengths = (
+        [draw(prompt + i) for i in range(pairs)],
+        torch.randint(8, longest, (2 * pairs,), generator=generator).tolist(),
+    )
     rows = [torch.cat([prompts[i % pairs], draw(n)]) for i, n in enumerate(lengths)]
     pad = lambda values: torch.nn.utils.rnn.pad_sequence(values, batch_first=True).to(DEVICE)
     ends = [torch.arange(len(row)) >= len(prompts[i % pairs]) for i, row in enumerate(rows)]
-    return {"input_ids": pad(rows), "attention_mask": pad([torch.ones_like(row) for row in rows]), "completion_mask": pad([end.long() for end in ends])}
+    return {
+        "input_ids": pad(rows),
+        "attention_mask": pad([torch.ones_like(row) for row in rows]),
+        "completion_mask": pad([end.long() for end in ends]),
+    }
 
 
 def test_packed_in_tiles_and_apart_are_one_number():
     model, ref_model, batch = big(0), big(1).requires_grad_(False), big_batch()
     weights = list(model.parameters())
     wanted = plain_engine.fast("tdpo2", model, ref_model, batch, weights, shared_prompt=False, one_pass=False)
-    for changes in (dict(shared_prompt=True), dict(shared_prompt=True, chunk_size=50), dict(shared_prompt=False, workspace=2**24)):
+    for changes in (
+        dict(shared_prompt=True),
+        dict(shared_prompt=True, chunk_size=50),
+        dict(shared_prompt=False, workspace=2**24),
+    ):
         same(plain_engine.fast("tdpo2", model, ref_model, batch, weights, **changes), tuple(
             x.detach().cpu() if torch.is_tensor(x) else [g.cpu() for g in x] for x in wanted), 1e-4)
 
@@ -167,23 +226,50 @@ def test_the_engine_never_holds_the_scores_of_a_batch():
 def test_an_adapter_and_its_absence(name):
     base = plain_engine.make("Llama")
     torch.manual_seed(5)
-    adapted = get_peft_model(copy.deepcopy(base), LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)).double()
+    adapted = get_peft_model(
+        copy.deepcopy(base), LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    ).double()
     batch, trained = plain_engine.shared_batch(), [p for p in adapted.parameters() if p.requires_grad]
     wanted = plain_engine.slow(name, adapted, base, batch, trained)
     model = there(adapted)
-    same(plain_engine.fast(name, model, None, moved(batch), [p for p in model.parameters() if p.requires_grad]), wanted, 1e-4)
+    same(
+        plain_engine.fast(name, model, None, moved(batch), [p for p in model.parameters() if p.requires_grad]),
+        wanted,
+        1e-4,
+    )
 
 
 # The trainer
 
-PAIRS = [{"prompt": f"say {word} ", "chosen": word + "!", "rejected": other + ", never"} for word in ("yes", "no", "so", "ah") for other in ("maybe", "but", "go")]
+PAIRS = [
+    {"prompt": f"say {word} ", "chosen": word + "!", "rejected": other + ", never"}
+    for word in ("yes", "no", "so", "ah")
+    for other in ("maybe", "but", "go")
+]
 
 
 def trained(model, tokenizer, folder, resume=None, **changes):
     "A trainer after its steps."
-    options = dict(beta=0.5, learning_rate=1e-2, optim="sgd", max_steps=4, per_device_train_batch_size=4, seed=0, report_to="none", disable_tqdm=True,
-                   save_strategy="no", use_cpu=DEVICE.type == "cpu", **({"baseline_width": 8} if changes.get("loss") == "tbpo_q" else {}))
-    trainer = PreferenceTrainer(copy.deepcopy(model), PreferenceConfig(output_dir=str(folder), **{**options, **changes}), PAIRS, PAIRS[:5], processing_class=tokenizer)
+    options = dict(
+        beta=0.5,
+        learning_rate=1e-2,
+        optim="sgd",
+        max_steps=4,
+        per_device_train_batch_size=4,
+        seed=0,
+        report_to="none",
+        disable_tqdm=True,
+        save_strategy="no",
+        use_cpu=DEVICE.type == "cpu",
+        **({"baseline_width": 8} if changes.get("loss") == "tbpo_q" else {}),
+    )
+    trainer = PreferenceTrainer(
+        copy.deepcopy(model),
+        PreferenceConfig(output_dir=str(folder), **{**options, **changes}),
+        PAIRS,
+        PAIRS[:5],
+        processing_class=tokenizer,
+    )
     trainer.train(resume_from_checkpoint=resume)
     assert next(trainer.model.parameters()).device.type == DEVICE.type
     return trainer
@@ -194,7 +280,9 @@ def trained(model, tokenizer, folder, resume=None, **changes):
 def test_every_loss_takes_a_step(name, mixed, model, tokenizer, tmp_path):
     options = {"window": 2} if name == "adpo" else None
     trainer = trained(model, tokenizer, tmp_path, loss=name, loss_options=options, max_steps=1, bf16=mixed)
-    moves = [(a.cpu() - b).abs().max().item() for a, b in zip(trainer.model.parameters(), model.parameters())]
+    moves = [
+        (a.cpu() - b).abs().max().item() for a, b in zip(trainer.model.parameters(), model.parameters(), strict=True)
+    ]
     assert max(moves) > 0 and all(p.isfinite().all() for p in trainer.model.parameters())
     assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
 
@@ -202,16 +290,37 @@ def test_every_loss_takes_a_step(name, mixed, model, tokenizer, tmp_path):
 @pytest.mark.parametrize("name", ["tdpo2", "tbpo_q"])
 def test_a_resumed_run_ends_like_one_that_was_not_stopped(name, model, tokenizer, tmp_path):
     whole = trained(model, tokenizer, tmp_path / "whole", loss=name, optim="adamw_torch", learning_rate=1e-3)
-    trained(model, tokenizer, tmp_path / "parts", loss=name, optim="adamw_torch", learning_rate=1e-3, save_strategy="steps", save_steps=2)
-    again = trained(model, tokenizer, tmp_path / "parts", str(tmp_path / "parts" / "checkpoint-2"), loss=name, optim="adamw_torch", learning_rate=1e-3)
-    for a, b in zip(again.model.parameters(), whole.model.parameters(), strict=True): assert_close(a, b, rtol=1e-5, atol=1e-6)
+    trained(
+        model,
+        tokenizer,
+        tmp_path / "parts",
+        loss=name,
+        optim="adamw_torch",
+        learning_rate=1e-3,
+        save_strategy="steps",
+        save_steps=2,
+    )
+    again = trained(
+        model,
+        tokenizer,
+        tmp_path / "parts",
+        str(tmp_path / "parts" / "checkpoint-2"),
+        loss=name,
+        optim="adamw_torch",
+        learning_rate=1e-3,
+    )
+    for a, b in zip(again.model.parameters(), whole.model.parameters(), strict=True):
+        assert_close(a, b, rtol=1e-5, atol=1e-6)
     if name == "tbpo_q":
-        for a, b in zip(again.baseline_head.parameters(), whole.baseline_head.parameters(), strict=True): assert_close(a, b, rtol=1e-5, atol=1e-6)
+        for a, b in zip(again.baseline_head.parameters(), whole.baseline_head.parameters(), strict=True):
+            assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
 def test_a_step_is_the_gradient_that_the_cpu_finds(model, tokenizer, tmp_path):
     "One step of plain SGD on all pairs, without clipping, against the gradient of the same loss in float64 on the CPU."
-    found = trained(model, tokenizer, tmp_path, loss="tdpo2", max_steps=1, per_device_train_batch_size=len(PAIRS), max_grad_norm=0.0)
+    found = trained(
+        model, tokenizer, tmp_path, loss="tdpo2", max_steps=1, per_device_train_batch_size=len(PAIRS), max_grad_norm=0.0
+    )
     policy, reference = copy.deepcopy(model).double(), copy.deepcopy(model).double().requires_grad_(False)
     batch = PreferenceCollator(tokenizer.pad_token_id)([dict(row) for row in prepare(PAIRS, tokenizer)[0]])
     pair_loss(policy, reference, batch, functools.partial(LOSSES["tdpo2"], beta=0.5)).loss.backward()
@@ -243,11 +352,23 @@ def test_samples_are_the_models_own(model, tokenizer):
 
 
 def test_a_reward_model_judges_alike(tokenizer, tmp_path):
-    config = transformers.GPT2Config(vocab_size=64, n_positions=64, n_embd=16, n_layer=1, n_head=2, num_labels=1, pad_token_id=0, initializer_range=0.3)
+    config = transformers.GPT2Config(
+        vocab_size=64,
+        n_positions=64,
+        n_embd=16,
+        n_layer=1,
+        n_head=2,
+        num_labels=1,
+        pad_token_id=0,
+        initializer_range=0.3,
+    )
     torch.manual_seed(0)
     scorer = transformers.GPT2ForSequenceClassification(config)
     scorer.save_pretrained(tmp_path), tokenizer.save_pretrained(tmp_path)
-    there_, back = (RewardJudge(str(tmp_path), max_length=64)(["say"], *pair)[0] for pair in ((["yes"], ["no no"]), (["no no"], ["yes"])))
+    there_, back = (
+        RewardJudge(str(tmp_path), max_length=64)(["say"], *pair)[0]
+        for pair in ((["yes"], ["no no"]), (["no no"], ["yes"]))
+    )
     assert there_ + back == pytest.approx(1, abs=1e-6)
 
 
@@ -261,8 +382,15 @@ def sharing_batch():
 def wide(seed: int):
     "A random Llama with heads of 16, which FlashAttention takes."
     torch.manual_seed(seed)
-    config = transformers.LlamaConfig(vocab_size=101, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-                                      num_key_value_heads=2, pad_token_id=0)
+    config = transformers.LlamaConfig(
+        vocab_size=101,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        pad_token_id=0,
+    )
     return transformers.LlamaForCausalLM(config).double().eval()
 
 
