@@ -301,7 +301,7 @@ def run_all(args) -> int:
         elif left < 20: how = "not started; the time is up"
         else:
             print(f"\n== {name}, {left / 60:.1f} minutes left", flush=True)
-            most = MOST.get(name, left)
+            most = float(MOST.get(name) or left)
             how = in_a_process(name, seeds, args, target, min(left, most))
         what = name + (", all seeds" if seeds == ALL else ", one seed" if name in COMPARISONS else "")
         file = PARTS[name] if target.exists() else ""
