@@ -114,7 +114,8 @@ def types(root: Path = ROOT) -> list[str]:
     known = root / ".typed"
     if known.exists() and known.read_text(encoding="utf-8") == digest:
         return []
-    done = subprocess.run([sys.executable, "-m", "pyright", "--outputjson"], cwd=root, capture_output=True, text=True)
+    command = [sys.executable, "-m", "pyright", "--outputjson", "--pythonpath", sys.executable]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
     if not done.stdout.startswith("{"):
         reason = (done.stderr or done.stdout).strip().splitlines() or ["it says nothing"]
         line = f"pyright cannot run, so types are not checked (it needs Node, or the network once): {reason[-1]}"
