@@ -16,8 +16,8 @@ from .head import Head
 from .in_place import Positions, Wants, Workspace
 
 try:
-    import triton
-    import triton.language as tl
+    import triton  # pyright: ignore[reportMissingImports]
+    import triton.language as tl  # pyright: ignore[reportMissingImports]
 except ImportError:         # PyTorch brings Triton along where there is a GPU
     triton = None
 
