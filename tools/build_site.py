@@ -178,9 +178,15 @@ def exported(page: Page, code: str) -> list[str]:
     return [anchors, f"<details class=\"source\"><summary>Source of {said}</summary>", code, "</details>"]
 
 
+def folded(options: dict, code: str) -> list[str]:
+    "Code that the story can do without, closed; `#| code-summary` says what is in it."
+    said = html.escape(options.get("code-summary", "").strip("\"'") or "Code")
+    return [f"<details class=\"source\"><summary>{said}</summary>", code, "</details>"]
+
+
 def named(name: str, after) -> str:
     "In place of a function's documentation: a heading if its source, with all it documents, comes next, or an anchor."
-    return f"### `{name}`" if after is not None and "code-fold" in after.source else f"[]{{#{name}}}"
+    return f"### `{name}`" if after is not None and "code-fold: show" in after.source else f"[]{{#{name}}}"
 
 
 def code_markdown(page: Page, cell, before: str, after) -> str:
@@ -190,7 +196,8 @@ def code_markdown(page: Page, cell, before: str, after) -> str:
     if "hide" in options or options.get("include") == "false": return ""
     if shown and page.source.startswith("derivations"): return named(shown[1], after)
     parts = [fenced(cell.source, ".python")] if cell.source.strip() and options.get("echo") != "false" else []
-    if "code-fold" in options and parts: parts = exported(page, parts[0])
+    if options.get("code-fold") == "show" and parts: parts = exported(page, parts[0])
+    if options.get("code-fold") == "true" and parts: parts = folded(options, parts[0])
     return "\n\n".join([*parts, *(output_markdown(page, o, options, before) for o in cell.outputs)])
 
 

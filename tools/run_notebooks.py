@@ -23,6 +23,8 @@ QUIET = {
     "TOKPREF_RESULTS_ONLY": "1",
 }
 
+FOLDED = {"cellView": "form", "jupyter": {"source_hidden": True}}     # closed in Colab and in Jupyter as on the site
+
 
 def worth_keeping(output: dict) -> bool:
     "Not a warning, not a progress bar."
@@ -42,6 +44,7 @@ def run(path: Path) -> None:
     for cell in nb.cells:
         cell.metadata = {k: v for k, v in cell.metadata.items() if k == "tags"}
         if cell.cell_type == "code":
+            if "#| code-fold: true" in cell.source: cell.metadata.update(FOLDED)
             cell.outputs = [o for o in cell.outputs if worth_keeping(o)]
             for output in cell.outputs:
                 output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)  # dead without its kernel
