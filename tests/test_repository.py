@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
 
 import check  # noqa: E402
+import colab  # noqa: E402
 import dist  # noqa: E402
 import pins as pinning  # noqa: E402
 import readme  # noqa: E402
@@ -65,16 +66,11 @@ def test_a_chapter_opens_with_a_title_and_a_promise(path):
     assert promise.startswith("> "), "after the title comes the one-sentence promise, `> ...`"
 
 
-INSTALL = '#| hide\n![ -z "$COLAB_RELEASE_TAG" ] || pip install -q "git+https://github.com/tokpref/tokpref"'
-
-
 @every(CHAPTERS)
 def test_a_chapter_opens_in_colab(path):
     first, second = nbformat.read(path, as_version=4).cells[1:3]
-    assert first.source.startswith("[![Open in Colab](") and first.source.splitlines()[0].endswith(
-        f"/tokpref/blob/main/{name(path)})"
-    )
-    assert second.source == INSTALL, "the first code cell installs the package in Colab"
+    assert first.source.startswith(colab.badge(path)) and name(path) in first.source
+    assert second.source == colab.install_cell(), "mend with: python tools/colab.py"
 
 
 @every(DERIVATIONS)
@@ -168,19 +164,36 @@ def test_nbdev_finds_the_site_description():
     )
 
 
-@pytest.mark.parametrize("where", ["in Colab", "elsewhere"])
-def test_that_cell_installs_in_colab_and_nowhere_else(tmp_path, monkeypatch, where):
-    pip, called = tmp_path / "pip", tmp_path / "called"
-    pip.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" > "{called}"\n', encoding="utf-8")
-    pip.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setenv("IPYTHONDIR", str(tmp_path))
-    monkeypatch.setenv(
-        "COLAB_RELEASE_TAG", "release-colab_20260101-060000_RC00"
-    ) if where == "in Colab" else monkeypatch.delenv("COLAB_RELEASE_TAG", raising=False)
-    subprocess.run([sys.executable, "-m", "IPython", "--colors=NoColor", "-c", INSTALL], check=True)
-    assert (called.read_text(encoding="utf-8").split() if called.exists() else None) == (
-        ["install", "-q", "git+https://github.com/tokpref/tokpref"] if where == "in Colab" else None)
+def open_chapter(folder: Path, monkeypatch, status: int | None, **environment: str) -> tuple[list | None, list[str]]:
+    """(what the opening cell asks of pip, what is shown), in Colab where `status` says how pip ends, else on a machine
+    of one's own.
+    """
+    called = folder / "called"
+    code = f"import json, sys\nopen({str(called)!r}, 'w').write(json.dumps(sys.argv[1:]))\nsys.exit({status})\n"
+    (folder / "pip.py").write_text(code, encoding="utf-8")
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+    monkeypatch.setenv("IPYTHONDIR", str(folder))
+    if status is None: monkeypatch.delenv("COLAB_RELEASE_TAG", raising=False)
+    else: monkeypatch.setenv("COLAB_RELEASE_TAG", "release-colab_20260101-060000_RC00")
+    for key, value in environment.items(): monkeypatch.setenv(key, value)
+    command = [sys.executable, "-m", "IPython", "--colors=NoColor", "-c", colab.install_cell()]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode == 0) == (not status)
+    asked = json.loads(called.read_text(encoding="utf-8")) if called.exists() else None
+    return asked, done.stderr.strip().splitlines()
+
+
+def test_that_cell_installs_in_colab_and_nowhere_else(tmp_path, monkeypatch):
+    assert open_chapter(tmp_path, monkeypatch, None) == (None, [])
+    called, said = open_chapter(tmp_path, monkeypatch, 0)
+    assert called == ["install", "-q", f"git+https://github.com/{SETTINGS['user']}/{SETTINGS['repo']}"] and not said
+    called, said = open_chapter(tmp_path, monkeypatch, 0, TOKPREF_SOURCE="a folder/tokpref.whl")
+    assert called == ["install", "-q", "a folder/tokpref.whl"] and not said
+
+
+def test_that_cell_stops_with_one_line_where_pip_fails(tmp_path, monkeypatch):
+    _, said = open_chapter(tmp_path, monkeypatch, 1)
+    assert len(said) == 1 and "tokpref was not installed: pip could not get it from git+https://" in said[0]
 
 
 # README
