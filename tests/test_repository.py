@@ -106,6 +106,18 @@ def test_cells_are_short(path):
 
 
 @every(NOTEBOOKS)
+def test_a_closed_cell_is_closed_everywhere(path):
+    "What is folded on the site is hidden in Jupyter, and in Colab a form; its title there is that of the site."
+    for cell in cells(path, "code"):
+        folded = "#| code-fold: true" in cell.source
+        closed = cell.metadata.get("cellView") == "form" and cell.metadata.get("jupyter") == {"source_hidden": True}
+        assert folded == closed, f"one of two is missing: {cell.source[:80]}"
+        summary, title = (re.search(rf"^{start}(.+?)\"?$", cell.source, re.M)
+                          for start in (r'#\| code-summary: "', "#@title "))
+        assert not folded or summary and (not title or title[1] == summary[1]), f"its title: {cell.source[:80]}"
+
+
+@every(NOTEBOOKS)
 def test_outputs_are_fit_to_read(path):
     for cell in cells(path, "code"):
         for output in cell.outputs:

@@ -360,10 +360,12 @@ def test_quarto_renders_the_same(site):
 def test_a_folded_cell_is_closed_and_says_what_is_in_it(fold, closed):
     import build_site
     import nbformat
-    cell = nbformat.v4.new_code_cell(f'#| code-fold: {fold}\n#| code-summary: "Check: a < b"\nassert a < b')
+    source = f'#| code-fold: {fold}\n#| code-summary: "Check: a < b"\n#@title Check: a < b\nassert a < b'
+    cell = nbformat.v4.new_code_cell(source)
     page = build_site.Page("derivations/01_page.ipynb", "Derivations")
     made = build_site.code_markdown(page, cell, "", None)
     assert ("<summary>Check: a &lt; b</summary>" in made) == closed and "assert a < b" in made and "#|" not in made
+    assert "#@title" not in made
 
 
 def test_a_notebook_that_breaks_the_site_is_named(tmp_path, monkeypatch):

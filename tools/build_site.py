@@ -33,6 +33,7 @@ CALLOUT = re.compile(
 REFERENCE = re.compile(r"(?<![\w`@/])@((?:eq|fig|sec|tbl)-[\w-]*\w)")
 INDENT = re.compile(r'(<span id="cb[\d-]+")>(<a [^>]*></a>)( +)')  # a line of code that does not begin at the margin
 LONG = re.compile(r"<td(?=[^>]*>[^\n]{60,}</td>)")      # a cell of a table with a sentence in it
+FORM_TITLE = re.compile(r"^#@title .*\n?", re.M)       # what Colab shows of a closed cell
 DIRECTIVE = re.compile(r"^#\|\s*([\w-]+)\s*:?[ \t]*(.*)\n?", re.M)
 
 
@@ -117,7 +118,7 @@ def read_pages(site: dict) -> list[Page]:
 def directives(cell) -> dict[str, str]:
     "The `#| name: value` lines of a code cell, taken out of its source."
     found = dict(DIRECTIVE.findall(cell.source))
-    cell.source = DIRECTIVE.sub("", cell.source).strip("\n")
+    cell.source = FORM_TITLE.sub("", DIRECTIVE.sub("", cell.source)).strip("\n")
     return found
 
 
