@@ -1,0 +1,280 @@
+"""What every loss of the list must do with any batch, and each loss against a version of it in plain Python numbers."""
+import functools
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.autograd import gradcheck
+from torch.testing import assert_close
+
+from tokpref.losses import LOSSES, bregman_risk
+from tokpref.losses.batches import check_layout, message_of, padded, random_stats, rows, stats_of, token_lists
+from tokpref.losses.bregman import GENERATORS, clamp_limit
+from tokpref.losses.dpo import DIVERGENCES
+from tokpref.losses.types import TokenStats
+
+OPTIONS = {
+    "dpo": [{"f_divergence": name} for name in DIVERGENCES] + [{"label_smoothing": 0.2}],
+    "ipo": [{}, {"average": True}],
+    "adpo": [{"window": 1}, {"window": 3}, {"segments": 2}],
+    "tdpo2": [{}, {"alpha": 2.0}],
+    "bpo": [{"generator": name} for name in GENERATORS] + [{"lam": 0.0}, {"lam": -0.9}, {"lam": 3.0, "scale": 2.0}],
+    "tbpo_a": [{}, {"generator": "logistic"}, {"lam": 1.2}],
+    "tbpo_q": [{}, {"baseline_clip": None}],
+}
+CASES = [(name, options) for name in LOSSES for options in OPTIONS.get(name, [{}])]
+LEAVES = ("logps", "kl", "baseline")
+
+
+@pytest.fixture
+def pair():
+    return random_stats([3, 5, 1, 4], seed=1), random_stats([2, 7, 6, 4], seed=2)
+
+
+@pytest.fixture
+def weighted():
+    return random_stats([3, 5, 1, 4], seed=1, weights=True), random_stats([2, 7, 6, 4], seed=2, weights=True)
+
+
+def every_case(test):
+    return pytest.mark.parametrize(
+        "name, options", CASES, ids=[f"{name} {options}" if options else name for name, options in CASES]
+    )(test)
+
+
+# Any loss
+
+@every_case
+def test_the_layout_of_a_batch_does_not_matter(name, options, pair, weighted):
+    for sides in (pair, weighted) if name != "simpo" else (pair,):
+        check_layout(functools.partial(LOSSES[name], **options), *sides)
+
+
+@every_case
+def test_padding_may_hold_what_is_no_number(name, options, pair):
+    def spoilt(stats):
+        fields = {key: value for key, value in vars(stats).items() if value is not None and key != "mask"}
+        return replace(stats, **{key: value.masked_fill(~stats.mask, math.nan) for key, value in fields.items()})
+    plain = LOSSES[name](*pair, **options)
+    assert_close(LOSSES[name](*map(spoilt, pair), **options).losses, plain.losses)
+
+
+@every_case
+def test_gradients_are_those_of_finite_differences(name, options, pair):
+    inputs = [getattr(side, leaf).clone().requires_grad_() for side in pair for leaf in LEAVES]
+    if name == "tdpo2": inputs[1].requires_grad_(False)      # the KL of the chosen response carries no gradient there
+
+    def losses(*values):
+        sides = (replace(side, **dict(zip(LEAVES, part, strict=True)))
+                 for side, part in zip(pair, (values[:3], values[3:]), strict=True))
+        return LOSSES[name](*sides, beta=0.3, **options).losses
+    assert gradcheck(losses, inputs, fast_mode=True)
+
+
+@every_case
+def test_far_out_numbers_stay_numbers(name, options):
+    for size in (1e3, -1e3):
+        far = stats_of([[size] * 3], kl=torch.full((1, 3), 1e3).double(), baseline=torch.full((1, 3), size).double())
+        near = stats_of([[0.0] * 3], kl=torch.zeros(1, 3).double(), baseline=torch.zeros(1, 3).double())
+        far = replace(far, logps=far.logps.float(), ref_logps=far.ref_logps.float(), kl=far.kl.float())
+        logps = far.logps.requires_grad_()
+        losses = LOSSES[name](replace(far, logps=logps), near, **options).losses
+        slope, = torch.autograd.grad(losses.sum(), logps)
+        assert losses.isfinite().all() and slope.isfinite().all()
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_batch_that_does_not_pair_up_is_refused(name, pair):
+    options = OPTIONS.get(name, [{}])[0]
+    said = message_of(lambda: LOSSES[name](rows(pair[0], [0]), pair[1], **options))
+    assert said == "chosen has 1 rows and rejected 4: row i of both must be one pair"
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_what_a_loss_needs_is_asked_for(name, pair):
+    spec, options = LOSSES[name], OPTIONS.get(name, [{}])[0]
+    for field, needed in (("ref_logps", spec.reference), ("kl", spec.kl), ("baseline", spec.baseline)):
+        without = [replace(side, **{field: None}) for side in pair]
+        call = functools.partial(spec, *without, **options)
+        if needed: assert f"TokenStats.{field}" in message_of(call)
+        else: assert call().losses.isfinite().all()
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("beta", [0, -1, math.inf, math.nan])
+def test_beta_is_a_positive_number(name, beta, pair):
+    options = OPTIONS.get(name, [{}])[0]
+    assert "beta must be a positive number" in message_of(lambda: LOSSES[name](*pair, **{**options, "beta": beta}))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_constant_added_to_all_scores_changes_nothing(name):
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(2, 4, 6, 8, generator=generator).double()
+    tokens = torch.randint(8, (2, 4, 6), generator=generator)
+    shift, ref = torch.randn(2, 4, 6, 1, generator=generator).double(), torch.full((8,), 1 / 8).double()
+
+    def statistics(scores, tokens):
+        table = scores.log_softmax(-1)
+        logps = table.gather(-1, tokens[..., None])[..., 0]
+        return TokenStats(logps, ref.log()[tokens], tokens >= 0, kl=(ref * (ref.log() - table)).sum(-1),
+                          baseline=torch.zeros_like(logps))
+    before, after = (
+        LOSSES[name](*map(statistics, x, tokens), **OPTIONS.get(name, [{}])[0]).losses for x in (scores, scores + shift)
+    )
+    assert_close(before, after)
+
+
+# DPO, IPO, SimPO
+
+def minus_log_sigmoid(u):
+    return math.log(1 + math.exp(-u))
+
+
+def of_pairs(pair, of_pair, means=False):
+    "[B] of a function of the two log-ratios, summed or averaged in Python."
+    sums = ([sum(tokens) / (len(tokens) if means else 1) for tokens in token_lists(side)] for side in pair)
+    return torch.tensor([of_pair(w, r) for w, r in zip(*sums, strict=True)], dtype=torch.float64)
+
+
+SLOPES = {
+    "reverse_kl": lambda d: d,
+    "forward_kl": lambda d: -math.exp(-d),
+    "js": lambda d: math.log(2 * math.exp(d) / (1 + math.exp(d))),
+    "alpha": lambda d: (math.exp(-0.5 * d) - 1) / -0.5,
+}
+
+
+@pytest.mark.parametrize("divergence", SLOPES)
+def test_dpo_in_plain_numbers(divergence, pair, weighted):
+    slope = SLOPES[divergence]
+    for sides in (pair, weighted):
+        wanted = of_pairs(sides, lambda w, r: minus_log_sigmoid(0.1 * (slope(w) - slope(r))))
+        assert_close(LOSSES["dpo"](*sides, f_divergence=divergence).losses, wanted)
+    smoothed = of_pairs(pair, lambda w, r: 0.8 * minus_log_sigmoid(w - r) + 0.2 * minus_log_sigmoid(r - w))
+    assert_close(LOSSES["dpo"](*pair, beta=1.0, label_smoothing=0.2).losses, smoothed)
+
+
+def test_ipo_in_plain_numbers(pair, weighted):
+    for sides in (pair, weighted):
+        for average in (False, True):
+            wanted = of_pairs(sides, lambda w, r: (w - r - 2.5) ** 2, means=average)
+            assert_close(LOSSES["ipo"](*sides, beta=0.2, average=average).losses, wanted)
+
+
+def test_simpo_in_plain_numbers(pair):
+    bare = [TokenStats(side.logps, torch.zeros_like(side.logps), side.mask) for side in pair]
+    wanted = of_pairs(bare, lambda w, r: minus_log_sigmoid(2.5 * (w - r) - 0.3), means=True)
+    assert_close(LOSSES["simpo"](*pair, beta=2.5, gamma=0.3).losses, wanted)
+
+
+@pytest.mark.parametrize("options, said", [
+    (dict(label_smoothing=0.5), "label_smoothing must be a number in [0, 0.5), got 0.5"),
+    (dict(f_divergence="forward-kl"), "unknown f_divergence 'forward-kl'; did you mean 'forward_kl'?"),
+    (dict(alpha=0.3), "alpha=0.3 would be ignored: f_divergence is 'reverse_kl', only 'alpha' reads it"),
+    (dict(f_divergence="alpha", alpha=1), "alpha=1 is singular"),
+    (dict(f_divergence="alpha", alpha=math.nan), "alpha must be a finite number"),
+])
+def test_dpo_refuses(options, said, pair):
+    assert said in message_of(lambda: LOSSES["dpo"](*pair, **options))
+
+
+def test_an_average_over_no_token_is_refused(pair, weighted):
+    chosen, rejected = pair
+    hollow = replace(chosen, mask=chosen.mask & torch.tensor([True, False, True, False])[:, None])
+    for name, options in (("ipo", {"average": True}), ("simpo", {})):
+        call = functools.partial(LOSSES[name], hollow, rejected, **options)
+        assert "rows [1, 3] have no response token" in message_of(call)
+    assert "takes no token weights" in message_of(lambda: LOSSES["simpo"](*weighted))
+    assert "gamma must be" in message_of(lambda: LOSSES["simpo"](*pair, gamma=-1))
+
+
+# BPO
+
+WRITTEN = {
+    "logistic": lambda z, lam, s: math.log(1 + math.exp(z)),
+    "kliep": lambda z, lam, s: math.exp(z) - 1 + z,
+    "lsif": lambda z, lam, s: math.exp(2 * z) - 2 * math.exp(-z) + 1,
+    "ba": lambda z, lam, s: (lam * math.exp((1 + lam) * z) - (1 + lam) * math.exp(-lam * z) + 1) / lam,
+    "sba": lambda z, lam, s: WRITTEN["ba"](z, lam, s) / (s * (1 + lam)),
+}
+
+
+@pytest.mark.parametrize("generator", GENERATORS)
+@pytest.mark.parametrize("lam, scale", [(1.0, 4.0), (-0.9, 4.0), (-0.5, 4.0), (0.7, 4.0), (1.2, 4.0), (3.0, 2.0)])
+def test_bpo_in_plain_numbers(generator, lam, scale, pair, weighted):
+    options = {key: value for key, value in (("lam", lam), ("scale", scale)) if key in GENERATORS[generator].reads}
+    for sides in (pair, weighted):
+        wanted = of_pairs(sides, lambda w, r: WRITTEN[generator](0.3 * (r - w), lam, scale))
+        assert_close(LOSSES["bpo"](*sides, beta=0.3, generator=generator, **options).losses, wanted)
+
+
+@pytest.mark.parametrize("options, said", [
+    (dict(generator="lsfi"), "unknown generator 'lsfi'; did you mean 'lsif'?"),
+    (dict(generator="ba", lam=-1.0), "lam must be a number above -1, got -1.0"),
+    (dict(lam=math.nan), "lam must be a number above -1, got nan"),
+    (dict(scale=0.0), "scale must be a positive number, got 0.0"),
+    (dict(generator="lsif", lam=2.0), "lam=2.0 would be ignored: generator 'lsif' does not read it"),
+    (dict(generator="logistic", lam=0.5), "lam=0.5 would be ignored: generator 'logistic' does not read it"),
+    (dict(generator="ba", scale=2.0), "scale=2.0 would be ignored: generator 'ba' does not read it"),
+])
+def test_bpo_refuses(options, said, pair):
+    assert said in message_of(lambda: LOSSES["bpo"](*pair, **options))
+
+
+@pytest.mark.parametrize("generator, lam", [("kliep", 1.0), ("lsif", 1.0), ("ba", 3.0), ("sba", -0.9), ("sba", 0.0),
+                                            ("sba", 10.0)])
+def test_the_clamp_stops_value_and_gradient(generator, lam):
+    limit = clamp_limit(lam)
+    far = torch.tensor([-1e4, -limit * 0.9, limit * 0.9, 1e4], requires_grad=True)
+    risk = bregman_risk(far, generator, lam)
+    slope, = torch.autograd.grad(risk.sum(), far)
+    assert risk.isfinite().all() and slope.isfinite().all()
+    assert ((slope != 0) == torch.tensor([False, True, True, False])).all()
+
+
+def test_bpo_widens_half_types(pair):
+    z16 = torch.tensor([20.0], dtype=torch.float16)
+    assert (2 * z16).exp().isinf().all() and bregman_risk(z16, "lsif").isfinite().all()
+    assert_close(bregman_risk(z16.bfloat16(), "lsif"), bregman_risk(z16.float(), "lsif"))
+    half = [TokenStats(side.logps.half() * 50, side.ref_logps.half() * 50, side.mask) for side in pair]
+    for generator in GENERATORS:
+        losses = LOSSES["bpo"](*half, beta=1.0, generator=generator).losses
+        assert losses.dtype == torch.float32 and losses.isfinite().all()
+    logps, real = torch.zeros(1, 4000).half(), torch.ones(1, 4000, dtype=torch.bool)
+    long = TokenStats(logps, torch.full_like(logps, -20.0), real)
+    assert long.log_ratio.sum(-1).isinf().all()      # 80000 is past the end of float16
+    assert_close(LOSSES["bpo"](long, long).losses, torch.zeros(1))
+
+
+# The batches themselves
+
+def test_the_checks_of_a_layout_find_what_they_look_for(pair):
+    dpo = LOSSES["dpo"]
+
+    def broken(change):
+        def loss(chosen, rejected):
+            result = dpo(chosen, rejected)
+            return replace(result, losses=change(result, chosen))
+        return loss
+    faults = {
+        "reads the padding": lambda result, chosen: result.losses + 1e-6 * chosen.logps.sum(-1),
+        "width": lambda result, chosen: result.losses * chosen.mask.shape[1],
+        "other pairs": lambda result, chosen: result.losses - result.losses.mean(),
+    }
+    for fault, change in faults.items():
+        with pytest.raises(AssertionError): check_layout(broken(change), *pair)
+        assert fault
+    with pytest.raises(AssertionError, match="no error was raised"): message_of(lambda: dpo(*pair))
+
+
+def test_rows_and_columns_of_a_batch(weighted):
+    stats = weighted[0]
+    wide = padded(stats, 1, 2)
+    assert wide.mask.shape == (4, stats.mask.shape[1] + 3) and torch.equal(wide.lengths, stats.lengths)
+    assert_close(wide.log_ratio.sum(-1), stats.log_ratio.sum(-1))
+    assert wide.logps[0, 0] == 1e4
+    assert_close(rows(stats, [2, 0]).kl_terms, stats.kl_terms[[2, 0]])
+    assert_close(stats_of([[0.2, -0.1]]).log_ratio, torch.tensor([[0.2, -0.1]]).double())
+    assert_close([sum(x) for x in token_lists(stats, "kl_terms")], stats.kl_terms.sum(-1).tolist())
