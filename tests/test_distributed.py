@@ -1,5 +1,6 @@
 """Two processes equal one: the same pairs a step, the same weights at the end, TBPO-Q's head included."""
 
+import json
 import os
 import socket
 import subprocess
@@ -19,9 +20,8 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def train(out: Path, processes: int) -> dict:
-    "Weights and evaluation of each run after a few steps of four pairs, by so many processes."
-    command = [str(WORKER), str(out), str(4 // processes)]
+def launch(command: list[str], processes: int) -> None:
+    "Run a script as so many processes."
     if processes > 1:
         command = [
             "-m",
@@ -35,6 +35,11 @@ def train(out: Path, processes: int) -> dict:
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([sys.executable, *command], env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def train(out: Path, processes: int) -> dict:
+    "Weights and evaluation of each run after a few steps of four pairs, by so many processes."
+    launch([str(WORKER), str(out), str(4 // processes)], processes)
     return torch.load(out, weights_only=True)
 
 
@@ -48,3 +53,13 @@ def test_two_processes_equal_one(tmp_path):
             assert_close(
                 two[run][name], value, rtol=1e-4, atol=1e-5, msg=lambda message, where=where: f"{where}: {message}"
             )
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
+def test_fsdp2_has_the_gradients_of_whole_models_without_full_logits(tmp_path):
+    launch([str(WORKER.with_name("shards_worker.py")), str(tmp_path / "report.json")], 2)
+    report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    assert report.pop("full logits") is None
+    assert len(report) == 6
+    for name, difference in report.items():
+        assert difference < (0.05 if name.startswith("bfloat16") else 1e-5), name

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..losses.types import TokenStats
 from ..models import base_model, reference_of
-from .head import Head, head_agrees, head_obstacle, split_head
+from .head import Head, gathered, head_agrees, head_obstacle, split_head
 
 # %% ../../nbs/library/engine/01_forward.ipynb #0d3f4f02
 def host_batch(batch: dict) -> dict[str, Tensor]:
@@ -177,6 +177,7 @@ def features(
     if head is not None:
         with catch_hidden(base) as caught: own = model(**inputs, logits_to_keep=1).logits
         hidden = caught[-1][:, -length:] if caught else None
+        if hidden is not None: head = gathered(head, hidden.dtype)
         if _checked(base, head, hidden, own) and hidden is not None: return Features(hidden[rows, columns], head)
     if base not in _told:
         _told.add(base)
