@@ -157,13 +157,18 @@ def fit(
     pairs = _LABELS[labels](tree) if isinstance(labels, str) else labels
     settings = {"beta": beta, **(options or {})}
 
-    def tables(theta: Tensor) -> tuple[Tensor, Tensor | None]:
+    mass = edge_mass(tree, response_logps(tree, tree.ref_logps))
+    if spec.baseline: mass = torch.cat([mass, mass.sum(-1, keepdim=True)], 1)      # one more column for a baseline
+    start = torch.nn.functional.pad(tree.ref_logps, (0, int(spec.baseline)))
+    unit = beta * mass.sqrt()       # steps are counted in 1/unit of a logit, so that all of them bend the loss alike
+
+    def tables(step: Tensor) -> tuple[Tensor, Tensor | None]:
+        theta = start + step / unit
         return theta[:, :tree.vocab].log_softmax(-1), theta[:, tree.vocab] if spec.baseline else None
 
-    def loss(theta: Tensor) -> Tensor:
-        log_policy, baseline = tables(theta)
+    def loss(step: Tensor) -> Tensor:
+        log_policy, baseline = tables(step)
         return population_loss(tree, log_policy, spec, pairs, settings, baseline)
-    start = torch.nn.functional.pad(tree.ref_logps, (0, int(spec.baseline)))    # one more column for a baseline
-    theta = _newton(loss, _descend(loss, start, steps), steps=8)
-    log_policy, baseline = tables(theta)
-    return Fit(log_policy, loss(theta).item(), _gradient(loss, theta).abs().max().item(), baseline)
+    step = _newton(loss, _descend(loss, torch.zeros_like(start), steps), steps=8)
+    log_policy, baseline = tables(step)
+    return Fit(log_policy, loss(step).item(), (_gradient(loss, step) * unit).abs().max().item(), baseline)
