@@ -39,7 +39,11 @@ def run(path: Path) -> None:
         return
     start = time.time()
     NotebookClient(
-        nb, timeout=1200, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}
+        nb,
+        timeout=1200,
+        kernel_name="python3",
+        resources={"metadata": {"path": str(path.parent)}},
+        extra_arguments=["--InlineBackend.figure_formats={'retina'}"],     # two dots a pixel, the size beside them
     ).execute()
     for cell in nb.cells:
         cell.metadata = {k: v for k, v in cell.metadata.items() if k == "tags"}
