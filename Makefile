@@ -14,8 +14,8 @@ QUIET  := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false TQ
 RECIPE := settings.ini setup.py pyproject.toml $(CONSTRAINTS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-min test-new pins check test-notebooks test-python nb prepare notebooks results site test-site dist bench \
-        gpu gpu-data hooks clean model
+.PHONY: help demo test test-min test-new pins check test-notebooks test-python nb prepare notebooks results site test-site colab \
+        dist bench gpu gpu-data hooks clean model
 .NOTPARALLEL:
 
 help:  ## list the commands
@@ -41,6 +41,7 @@ nb: $(VENV)/.dev  ## while writing one notebook: export, lint, run, store, clean
 	@$(QUIET) $(BIN)/python tools/nb.py $(NB)
 
 prepare: $(VENV)/.dev  ## after editing notebooks: export, clean, write README.md, then test
+	@$(BIN)/python tools/colab.py
 	$(BIN)/nbdev_export
 	@$(QUIET) $(BIN)/python tools/run_notebooks.py nbs/index.ipynb
 	$(BIN)/nbdev_clean
@@ -75,6 +76,9 @@ test-new:  ## the same tests with the newest versions there are, but for those o
 
 pins: test-new  ## after these tests are green, write their versions into constraints.txt
 	@.venv-new/bin/python tools/pins.py
+
+colab: $(VENV)/.dev  ## run every chapter as Colab does: from the wheel alone, outside the checkout (NB=path for one)
+	@$(QUIET) $(BIN)/python tools/colab.py --run $(NB)
 
 dist: $(VENV)/.dev  ## build the source distribution and the wheel, install each into an empty environment, run the quick start
 	@$(BIN)/python tools/dist.py

@@ -35,8 +35,12 @@ setup(
     },
     license="Apache-2.0",
     keywords=cfg["keywords"],
-    packages=find_packages(include=["tokpref", "tokpref.*"]),
-    package_data={"tokpref": ["py.typed", "**/*.yaml", "**/*.toml", "**/*.json", "**/*.jsonl"]},
+    packages=[*find_packages(include=["tokpref", "tokpref.*"]), "tokpref.results"],
+    package_dir={"tokpref.results": "results"},    # records of measured runs, which chapters read
+    package_data={
+        "tokpref": ["py.typed", "**/*.yaml", "**/*.toml", "**/*.json", "**/*.jsonl"],
+        "tokpref.results": ["*.json"],
+    },
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
     extras_require={extra: cfg[f"{extra}_requirements"].split() for extra in ("notebooks", "dev", "site")},

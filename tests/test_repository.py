@@ -364,16 +364,7 @@ def test_the_oldest_versions_allowed_are_the_ones_tried():
 @pytest.fixture(scope="module")
 def distributions(tmp_path_factory) -> tuple[Path, Path]:
     "(source distribution, the wheel made from it), built in a copy with the tools that are here."
-    folder = tmp_path_factory.mktemp("dist")
-    tree = folder / "tree"
-    leftovers = shutil.ignore_patterns(
-        "__pycache__", ".*", "build", "dist", "*.egg-info", "runs", "nbs", "results", "node_modules"
-    )
-    shutil.copytree(ROOT, tree, ignore=leftovers)
-    subprocess.run(
-        [sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, tree], check=True, capture_output=True
-    )
-    return next(folder.glob("*.tar.gz")), next(folder.glob("*.whl"))
+    return dist.build_here(tmp_path_factory.mktemp("dist"))
 
 
 def test_the_source_distribution_holds_what_it_is_built_from(distributions):
@@ -389,7 +380,8 @@ def test_the_wheel_holds_every_module(distributions):
     metadata, entries = (wheel.read(next(n for n in inside if n.endswith(file))).decode()
                          for file in ("METADATA", "entry_points.txt"))
     package = [p for p in (ROOT / "tokpref").rglob("*") if p.is_file() and "__pycache__" not in p.parts]
-    assert {name(p) for p in package} <= inside
+    records = {f"tokpref/{name(path)}" for path in (ROOT / "results").glob("*.json")}
+    assert {name(p) for p in package} | records <= inside and records
     assert not [n for n in inside if n.startswith(("nbs", "tests", "tools"))]
     assert not re.findall(r"\]\((?!https?:|#)([^)\s]+)\)", metadata), "links in the long description are absolute"
     pictures = re.findall(r"!\[[^\]]*\]\(([^)]*)", metadata)
@@ -407,6 +399,22 @@ def test_the_quick_start_runs_with_the_wheel_alone(distributions, tmp_path):
     env = os.environ | {"PYTHONPATH": str(tmp_path / "installed")}
     done = subprocess.run([sys.executable, "quick_start.py"], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0 and str(tmp_path / "installed") in done.stdout, done.stderr
+
+
+def test_a_chapter_in_colab_has_the_wheel_and_nothing_of_the_checkout(distributions, tmp_path):
+    "One chapter that reads records; `make colab` runs them all. Then one that reads the checkout, and is caught."
+    python = colab.bare_environment(tmp_path / "env")
+    chapter = ROOT / "nbs" / "experiments" / "pretrained" / "05_reading.ipynb"
+    assert colab.run_chapter(chapter, python, distributions[1]) == ""
+    elsewhere = 'import os\nos.environ["TOKPREF_SOURCE"] = "no-such.whl"\n'
+    for code, error in {
+        'open("../../results/sentiment-nano.json")': "FileNotFoundError",
+        "import nbdev": "ModuleNotFoundError",
+        elsewhere + colab.install_cell(): "tokpref was not installed: pip could not get it from no-such.whl",
+    }.items():
+        wrong = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)])
+        nbformat.write(wrong, tmp_path / "wrong.ipynb")
+        assert colab.run_chapter(tmp_path / "wrong.ipynb", python, distributions[1]).startswith(error)
 
 
 def test_a_release_is_made_from_its_own_tag(monkeypatch):

@@ -6,6 +6,7 @@ Each is installed into an environment of its own, and the README's quick start r
 """
 import argparse
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -36,12 +37,26 @@ def quick_start() -> str:
     return "\n".join(code)
 
 
-def build(folder: Path, *options: str) -> tuple[Path, Path]:
+def build(folder: Path, *options: str, source: Path = ROOT) -> tuple[Path, Path]:
     "(source distribution, wheel made from it), in a folder that holds nothing else of the kind."
     for old in [*folder.glob("*.tar.gz"), *folder.glob("*.whl")]:
         old.unlink()
-    run(sys.executable, "-m", "build", "--outdir", folder, *options, ROOT)
+    run(sys.executable, "-m", "build", "--outdir", folder, *options, source)
     return next(folder.glob("*.tar.gz")), next(folder.glob("*.whl"))
+
+
+def build_here(folder: Path) -> tuple[Path, Path]:
+    "The same without a network: built in a copy, with the tools that are installed."
+    leftovers = shutil.ignore_patterns(
+        "__pycache__", ".*", "build", "dist", "*.egg-info", "runs", "nbs", "tests", "tools", "benchmarks", "_*"
+    )
+    modules = shutil.ignore_patterns("__pycache__")
+    tree = folder / "tree"
+
+    def ignored(place: str, names: list[str]) -> set[str]:
+        return (leftovers if Path(place) == ROOT else modules)(place, names)
+    shutil.copytree(ROOT, tree, ignore=ignored)
+    return build(folder, "--no-isolation", source=tree)
 
 
 def try_out(file: Path) -> None:

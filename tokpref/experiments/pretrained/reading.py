@@ -17,18 +17,19 @@ from ..compare import comparison_table, read_json
 def results_folder(start: str | Path = ".") -> Path:
     """The folder of measured runs: what `TOKPREF_RESULTS` names, that of the checkout around `start`, or the package's.
 
+    A wheel brings the records along; of a checkout that is installed in place they are the checkout's.
+
     Raises `FileNotFoundError` with what to do where there is none.
     """
     named = os.environ.get("TOKPREF_RESULTS")
     if named:
         if Path(named).is_dir(): return Path(named)
         raise FileNotFoundError(f"TOKPREF_RESULTS={named} is not a folder: set it to one with records, or unset it")
-    place = Path(start).resolve()
-    for above in (place, *place.parents):
+    place, package = Path(start).resolve(), Path(str(files("tokpref")))
+    for above in (place, *place.parents, package.parent):
         if (above / "results").is_dir() and (above / "settings.ini").is_file(): return above / "results"
-    shipped = Path(str(files("tokpref"))) / "results"
-    if shipped.is_dir(): return shipped
-    raise FileNotFoundError("no results/ here or above: open this page in a checkout, or set TOKPREF_RESULTS")
+    if (package / "results").is_dir(): return package / "results"
+    raise FileNotFoundError("no results/ here, above or in the package: install it anew, or set TOKPREF_RESULTS")
 
 
 def stored_result(name: str) -> dict | None:
