@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -43,7 +44,7 @@ def whole_gradients(model: nn.Module) -> dict[str, torch.Tensor]:
     "The mean over the processes, whole on each of them."
     gradients = {}
     for name, parameter in model.named_parameters():
-        gradient = parameter.grad
+        gradient: Any = parameter.grad
         assert gradient is not None
         if hasattr(gradient, "full_tensor"): gradients[name] = gradient.full_tensor()
         else:

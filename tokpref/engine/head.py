@@ -100,7 +100,8 @@ def gathered(
     from torch.distributed.tensor import DTensor, Partial
     def whole(x: Tensor | None) -> Tensor | None:
         if not isinstance(x, DTensor): return x
-        return x.to(dtype).full_tensor(grad_placements=[Partial("avg")] * x.device_mesh.ndim)
+        cast: Any = x.to(dtype)
+        return cast.full_tensor(grad_placements=[Partial("avg")] * x.device_mesh.ndim)
     weight = whole(head.weight)
     assert weight is not None
     return head._replace(weight=weight, bias=whole(head.bias))
