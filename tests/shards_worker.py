@@ -29,7 +29,8 @@ def make_model(tied: bool, shift: float = 0.0) -> LlamaForCausalLM:
 
 def sharded(model: LlamaForCausalLM, **options) -> LlamaForCausalLM:
     for layer in model.model.layers: fully_shard(layer, **options)
-    return fully_shard(model, **options)
+    fully_shard(model, **options)
+    return model
 
 
 def make_batch(seed: int) -> dict[str, torch.Tensor]:
