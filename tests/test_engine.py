@@ -108,11 +108,15 @@ def plain(model, ref_model, batch, baseline=None):
                 torch.ones(len(y)).bool(),
                 (logq.exp() * (logq - logp)).sum(-1),
                 b,
+                -(logp.exp() * logp).sum(-1).detach(),
+                (logp.exp() * (logp - logq)).sum(-1).detach(),
             )
         )
-    pad = lambda part: TokenStats(
-        *(torch.nn.utils.rnn.pad_sequence(v, batch_first=True) for v in zip(*part, strict=True))
-    )
+    def pad(part):
+        *first, entropy, reverse_kl = (
+            torch.nn.utils.rnn.pad_sequence(v, batch_first=True) for v in zip(*part, strict=True)
+        )
+        return TokenStats(*first, entropy=entropy, reverse_kl=reverse_kl)
     return pad(rows[:len(rows) // 2]), pad(rows[len(rows) // 2:])
 
 
@@ -144,7 +148,8 @@ def test_losses_match_full_logits(family, side):
     tolerance = 1e-6 if family in ("Gemma2", "Cohere") else 1e-9     # these two compute parts of every layer in float32
     for name, spec in LOSSES.items():
         baseline = head if spec.baseline else None
-        ours = token_stats(model, ref_model, batch, kl=spec.kl, baseline=baseline, chunk_size=3)
+        ours = token_stats(
+            model, ref_model, batch, kl=spec.kl, reverse_kl=spec.reverse_kl, baseline=baseline, chunk_size=3)
         close(gradients(name, ours, model), gradients(name, plain(model, ref_model, batch, baseline), model),
               1e-6 if spec.baseline else tolerance)     # the baseline head works in float32
 
@@ -156,12 +161,11 @@ def test_adapter_off_is_the_reference(name):
     model = get_peft_model(
         copy.deepcopy(base), LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
     ).double()
-    stats = token_stats(model, None, make_batch(), kl=True, baseline=BaselineHead(16, 8))
-    close(
-        gradients(name, stats, model),
-        gradients(name, token_stats(model, base, make_batch(), kl=True, baseline=BaselineHead(16, 8)), model),
-        1e-10,
+    off, apart = (
+        token_stats(model, reference, make_batch(), kl=True, reverse_kl=True, baseline=BaselineHead(16, 8))
+        for reference in (None, base)
     )
+    close(gradients(name, off, model), gradients(name, apart, model), 1e-10)
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 0.1), (torch.float16, 0.02)])

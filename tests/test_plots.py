@@ -7,7 +7,7 @@ import pytest
 from matplotlib.colors import to_hex, to_rgb
 
 from tokpref import plots
-from tokpref.losses import LOSSES
+from tokpref.losses.registry import BOOK_LOSSES
 from tokpref.plots import style
 
 # Colours
@@ -25,7 +25,7 @@ def ratio(color: str, background: str) -> float:
 
 
 def test_every_loss_has_a_colour_of_its_own():
-    assert set(LOSSES) <= set(plots.LOSS_STYLES)
+    assert set(BOOK_LOSSES) <= set(plots.LOSS_STYLES)
     colors, markers = zip(*plots.LOSS_STYLES.values(), strict=True)
     assert len(set(colors)) == len(set(markers)) == len(plots.LOSS_STYLES)
 

@@ -346,7 +346,7 @@ def test_names_of_trl_are_taken_where_they_mean_the_same(tmp_path, theirs, ours)
     (dict(precompute_ref_log_probs=True, precompute_ref_logps=False), "precompute_ref_log_probs and .* leave one out"),
     (dict(label_smoothing=0.1, loss_options={"label_smoothing": 0.1}), "leave one out"),
     (dict(loss_type="ipo", loss_options={"average": False}), "loss_type='ipo' and average=False set the same thing"),
-    (dict(loss_type="hinge"), "'hinge' is a loss of TRL's that is not here; .* sigmoid, ipo, .*dpo"),
+    (dict(loss_type="exo_pair"), "'exo_pair' is a loss of TRL's that is not here; .* sigmoid, ipo, .*dpo"),
     (dict(loss_type=["sigmoid", "sft"]), "is a loss of TRL's that is not here"),
     (dict(loss_type="tdpo2"), "is no name of TRL's: say loss='tdpo2'"),
     (dict(loss_type="ipo", label_smoothing=0.1), "label_smoothing"),

@@ -17,7 +17,7 @@ from .losses.types import PairLoss, TokenStats
 def pair_metrics(result: PairLoss, chosen: TokenStats, rejected: TokenStats) -> dict[str, Tensor]:
     """What is logged of B pairs: name to [B] values in float32, without gradient.
 
-    KL and entropy only if they were computed. The policy likes the first pair's chosen response by one nat more than
+    KL and entropy only if they were computed, then what the loss itself wants to log. The policy likes the first pair's chosen response by one nat more than
     the reference does, and its rejected one by one nat less. Of the second pair it thinks as the reference does.
 
     >>> from tokpref.losses import dpo_loss
@@ -48,6 +48,7 @@ def pair_metrics(result: PairLoss, chosen: TokenStats, rejected: TokenStats) -> 
     if chosen.entropy is not None:
         total = chosen.entropy.sum(-1) + rejected.need("entropy").sum(-1)
         metrics["entropy"] = total / (chosen.lengths + rejected.lengths)
+    metrics |= result.metrics
     return {name: value.detach().float() for name, value in metrics.items()}
 
 # %% ../nbs/library/02_metrics.ipynb #69d0fd30

@@ -76,7 +76,7 @@ def engine_obstacles(
     names = "input_ids", "attention_mask", "completion_mask", "weights", "ref_logps"
     few = {name: batch[name][rows] for name in names if name in batch}
     objective = objective_of(loss, options)
-    wants = Wants(kl=objective.kl if kl is None else kl)
+    wants = objective.wants(kl)
     inputs = dict(needs_reference=objective.reference, baseline=baseline)
     return {"one_pass": _one_pass_obstacle(model, ref_model, few, objective.loss, wants, **inputs),
             "shared_prompt": sharing_obstacle(few, [m for m in (model, ref_model) if m is not None])}

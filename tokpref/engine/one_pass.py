@@ -66,6 +66,12 @@ class Objective(NamedTuple):
     loss: Callable[[TokenStats, TokenStats], PairLoss]
     kl: bool = False            # the full-vocabulary forward KL
     reference: bool = True      # the reference's log-probabilities
+    reverse_kl: bool = False    # the full-vocabulary reverse KL
+    entropy: bool = False       # the policy's entropy
+
+    def wants(self, kl: bool | None = None, reverse_kl: bool = False, entropy: bool = False) -> Wants:
+        "What to measure: what the loss asks for, and more if it is wanted for a log."
+        return Wants(self.kl if kl is None else kl, self.reverse_kl or reverse_kl, self.entropy or entropy)
 
 
 def objective_of(
@@ -75,7 +81,8 @@ def objective_of(
     "The loss with its options, and what it says of itself."
     spec = loss.func if isinstance(loss, partial) else loss
     call = partial(loss, **options) if options else loss
-    return Objective(call, spec.kl, spec.reference) if isinstance(spec, LossSpec) else Objective(call)
+    if not isinstance(spec, LossSpec): return Objective(call)
+    return Objective(call, spec.kl, spec.reference, spec.reverse_kl, spec.entropy)
 
 # %% ../../nbs/library/engine/09_one_pass.ipynb #722a5551
 _mixing: "weakref.WeakKeyDictionary[Any, dict[str, bool]]" = weakref.WeakKeyDictionary()
@@ -101,7 +108,7 @@ def token_slopes(values: dict[str, Tensor], grid: Grid, loss: Callable,
         found = loss(*grid.stats(values | leaves))
         share = torch.full_like(found.losses, 1 / pairs)
         slopes = torch.autograd.grad(found.losses, list(leaves.values()), share, allow_unused=True)
-    found = PairLoss(found.losses.detach(), found.chosen_rewards, found.rejected_rewards)
+    found = PairLoss(found.losses.detach(), found.chosen_rewards, found.rejected_rewards, found.metrics)
     return found, {name: x for name, x in zip(leaves, slopes, strict=True) if x is not None}
 
 # %% ../../nbs/library/engine/09_one_pass.ipynb #9c676027
@@ -141,7 +148,8 @@ def _in_order(parts: list[PairLoss], tiles: list[Tile]) -> PairLoss:
     if len(parts) == 1: return parts[0]
     order = moved(torch.tensor([i for tile in tiles for i in tile.pairs]).argsort(), parts[0].losses.device)
     def all_of(name: str) -> Tensor: return torch.cat([getattr(part, name) for part in parts])[order]
-    return PairLoss(all_of("losses"), all_of("chosen_rewards"), all_of("rejected_rewards"))
+    metrics = {name: torch.cat([part.metrics[name] for part in parts])[order] for name in parts[0].metrics}
+    return PairLoss(all_of("losses"), all_of("chosen_rewards"), all_of("rejected_rewards"), metrics)
 
 # %% ../../nbs/library/engine/09_one_pass.ipynb #c73df121
 class BatchLoss(NamedTuple):
@@ -306,7 +314,7 @@ def pair_loss(
     pairs. Source: @eq-one-pass of the chapter.
     """
     objective = objective_of(loss, options)
-    wants = Wants(objective.kl if kl is None else kl, reverse_kl, entropy)
+    wants = objective.wants(kl, reverse_kl, entropy)
     if one_pass and torch.is_grad_enabled() and needs_all_pairs(objective.loss, batch["input_ids"].device):
         raise ValueError("this loss of a pair changes with the other pairs of the batch, so it can't be computed a few "
                          "pairs at a time: pass one_pass=False")

@@ -238,7 +238,7 @@ def prepare_dataset(
 # %% ../../nbs/library/training/01_setup.ipynb #b17e8aa0
 def check_precompute(spec: LossSpec, loss: str) -> None:
     "Raise `ValueError` for a loss that precomputed log-probabilities can't serve."
-    if spec.kl:
+    if spec.kl or spec.reverse_kl:
         raise ValueError(f"precompute_ref_logps can't serve {loss!r}: "
                          "its KL needs the reference's whole distribution")
     if not spec.reference: raise ValueError(f"precompute_ref_logps would be ignored: {loss!r} has no reference")

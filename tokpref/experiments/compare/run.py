@@ -49,7 +49,7 @@ def find_task(name: str) -> Task:
 def _made_by(run: LossRun) -> tuple[Callable, Callable]:
     "The function that trains a run, and the one that is its loss or baseline."
     if run.loss in BASELINES: return BASELINES[run.loss].train, BASELINES[run.loss].train
-    return train_with_loss, LOSSES[run.loss].fn
+    return train_with_loss, *LOSSES[run.loss].functions()
 
 
 def code_of_runs(task: Task, runs: Mapping[str, LossRun]) -> dict[str, str]:
