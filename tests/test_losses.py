@@ -68,15 +68,17 @@ def test_gradients_are_those_of_finite_differences(name, options, pair):
     def losses(*values):
         sides = (replace(side, **dict(zip(LEAVES, part, strict=True)))
                  for side, part in zip(pair, (values[:3], values[3:]), strict=True))
-        return LOSSES[name](*sides, beta=0.3, **options).losses
+        beta = {"beta": 0.3} if "beta" in LOSSES[name].options else {}
+        return LOSSES[name](*sides, **beta, **options).losses
     assert gradcheck(losses, inputs, fast_mode=True)
 
 
 @every_case
 def test_far_out_numbers_stay_numbers(name, options):
     for size in (1e3, -1e3):
-        far = stats_of([[size] * 3], kl=torch.full((1, 3), 1e3).double(), baseline=torch.full((1, 3), size).double())
-        near = stats_of([[0.0] * 3], kl=torch.zeros(1, 3).double(), baseline=torch.zeros(1, 3).double())
+        wide, none = torch.full((1, 3), 1e3).double(), torch.zeros(1, 3).double()
+        far = stats_of([[size] * 3], kl=wide, reverse_kl=wide, baseline=torch.full((1, 3), size).double())
+        near = stats_of([[0.0] * 3], kl=none, reverse_kl=none, baseline=none)
         far = replace(far, logps=far.logps.float(), ref_logps=far.ref_logps.float(), kl=far.kl.float())
         logps = far.logps.requires_grad_()
         losses = LOSSES[name](replace(far, logps=logps), near, **options).losses
@@ -94,14 +96,16 @@ def test_a_batch_that_does_not_pair_up_is_refused(name, pair):
 @pytest.mark.parametrize("name", LOSSES)
 def test_what_a_loss_needs_is_asked_for(name, pair):
     spec, options = LOSSES[name], OPTIONS.get(name, [{}])[0]
-    for field, needed in (("ref_logps", spec.reference), ("kl", spec.kl), ("baseline", spec.baseline)):
+    asked = (("ref_logps", spec.reference), ("kl", spec.kl), ("baseline", spec.baseline),
+             ("entropy", spec.entropy), ("reverse_kl", spec.reverse_kl))
+    for field, needed in asked:
         without = [replace(side, **{field: None}) for side in pair]
         call = functools.partial(spec, *without, **options)
         if needed: assert f"TokenStats.{field}" in message_of(call)
         else: assert call().losses.isfinite().all()
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", [name for name, spec in LOSSES.items() if "beta" in spec.options])
 @pytest.mark.parametrize("beta", [0, -1, math.inf, math.nan])
 def test_beta_is_a_positive_number(name, beta, pair):
     options = OPTIONS.get(name, [{}])[0]
@@ -119,7 +123,7 @@ def test_a_constant_added_to_all_scores_changes_nothing(name):
         table = scores.log_softmax(-1)
         logps = table.gather(-1, tokens[..., None])[..., 0]
         return TokenStats(logps, ref.log()[tokens], tokens >= 0, kl=(ref * (ref.log() - table)).sum(-1),
-                          baseline=torch.zeros_like(logps))
+                          reverse_kl=(table.exp() * (table - ref.log())).sum(-1), baseline=torch.zeros_like(logps))
     before, after = (
         LOSSES[name](*map(statistics, x, tokens), **OPTIONS.get(name, [{}])[0]).losses for x in (scores, scores + shift)
     )

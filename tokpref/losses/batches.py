@@ -41,7 +41,9 @@ def random_stats(
         return torch.where(mask, scale * inside, 1e3 * outside)
 
     logps, ref_logps, kl, baseline = draw(-2), draw(-2), draw(0.5), draw(1)
-    return TokenStats(logps, ref_logps, mask, kl=kl, baseline=baseline, weights=draw(1) if weights else None)
+    own_weights = draw(1) if weights else None
+    return TokenStats(logps, ref_logps, mask, kl=kl, baseline=baseline, weights=own_weights, entropy=draw(2),
+                      reverse_kl=draw(0.5))
 
 # %% ../../nbs/library/losses/02_batches.ipynb #67337ec7
 def _fields(stats: TokenStats, change: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
@@ -77,9 +79,12 @@ def check_layout(
     plain, order = loss(chosen, rejected), list(range(len(chosen.mask)))[::-1]
     wide, narrow = loss(padded(chosen, 0, 5), padded(rejected, 0, 1)), loss(padded(chosen, 0, 3), rejected)
     turned, alone = loss(rows(chosen, order), rows(rejected, order)), loss(rows(chosen, [0]), rows(rejected, [0]))
-    for name, value in vars(plain).items():
-        assert_close(getattr(wide, name), value), assert_close(getattr(narrow, name), value)
-        assert_close(getattr(turned, name), value[order]), assert_close(getattr(alone, name), value[:1])
+    def parts(result: PairLoss) -> dict[str, Tensor]:
+        return {**{name: value for name, value in vars(result).items() if name != "metrics"}, **result.metrics}
+
+    for name, value in parts(plain).items():
+        assert_close(parts(wide)[name], value), assert_close(parts(narrow)[name], value)
+        assert_close(parts(turned)[name], value[order]), assert_close(parts(alone)[name], value[:1])
 
 # %% ../../nbs/library/losses/02_batches.ipynb #5b5130aa
 def token_lists(
