@@ -17,8 +17,9 @@ from .losses.types import PairLoss, TokenStats
 def pair_metrics(result: PairLoss, chosen: TokenStats, rejected: TokenStats) -> dict[str, Tensor]:
     """What is logged of B pairs: name to [B] values in float32, without gradient.
 
-    KL and entropy only if they were computed, then what the loss itself wants to log. The policy likes the first pair's chosen response by one nat more than
-    the reference does, and its rejected one by one nat less. Of the second pair it thinks as the reference does.
+    KL and entropy only if they were computed; what the loss itself has in its `metrics` last. The policy likes the
+    first pair's chosen response by one nat more than the reference does, and its rejected one by one nat less. Of the
+    second pair it thinks as the reference does.
 
     >>> from tokpref.losses import dpo_loss
     >>> chosen = TokenStats(torch.tensor([[-1., -1.], [-3., 0.]]), torch.tensor([[-2., -1.], [-3., 0.]]),

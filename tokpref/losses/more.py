@@ -75,9 +75,9 @@ def apo_zero_loss(
     rejected: TokenStats,       # dispreferred responses to the same prompts; its T may differ
     beta: float = 0.1,          # strength of the pull towards the reference
 ) -> PairLoss:
-    """1 − σ(βΔʷ) + σ(βΔˡ): [B] in (0, 2) (APO-zero, D'Oosterlinck et al. 2024, arXiv 2408.06266, eq. 7, up to a constant).
+    """1 − σ(βΔʷ) + σ(βΔˡ): [B] in (0, 2) (APO-zero, D'Oosterlinck et al. 2024, arXiv 2408.06266, eq. 7).
 
-    For chosen responses that are better than the model's own. Rewards are βΔ. Raises `ValueError` for β ≤ 0."""
+    A constant is added, so that it starts at 1. For chosen responses that are better than the model's own. Rewards are βΔ. Raises `ValueError` for β ≤ 0."""
     chosen_rewards, rejected_rewards = _log_ratios(chosen, rejected, beta)
     losses = torch.sigmoid(-chosen_rewards) + torch.sigmoid(rejected_rewards)
     return PairLoss(losses, chosen_rewards, rejected_rewards)
@@ -88,9 +88,9 @@ def apo_down_loss(
     rejected: TokenStats,       # dispreferred responses to the same prompts; its T may differ
     beta: float = 0.1,          # strength of the pull towards the reference
 ) -> PairLoss:
-    """σ(βΔʷ) + 1 − σ(β(Δʷ − Δˡ)): [B] in (0, 2) (APO-down, arXiv 2408.06266, eq. 8, up to a constant).
+    """σ(βΔʷ) + 1 − σ(β(Δʷ − Δˡ)): [B] in (0, 2) (APO-down, arXiv 2408.06266, eq. 8).
 
-    For chosen responses that are worse than the model's own. Rewards are βΔ. Raises `ValueError` for β ≤ 0."""
+    A constant is added, so that it starts at 1. For chosen responses that are worse than the model's own. Rewards are βΔ. Raises `ValueError` for β ≤ 0."""
     chosen_rewards, rejected_rewards = _log_ratios(chosen, rejected, beta)
     losses = torch.sigmoid(chosen_rewards) + torch.sigmoid(rejected_rewards - chosen_rewards)
     return PairLoss(losses, chosen_rewards, rejected_rewards)
@@ -183,11 +183,11 @@ MORE_LOSSES = {
     "dpo_norm": LossSpec(dpo_norm_loss, source="length-normalised DPO, Lambert et al. 2024, arXiv 2411.15124"),
     "robust": LossSpec(robust_loss, source="robust DPO, Chowdhury et al. 2024, arXiv 2403.00409",
                        options=("beta", "flip_rate")),
-    "hinge": LossSpec(hinge_loss, source="SLiC, Zhao et al. 2023, arXiv 2305.10425; with a reference, arXiv 2309.06657"),
+    "hinge": LossSpec(hinge_loss, source="SLiC, Zhao et al. 2023, arXiv 2305.10425; with a reference 2309.06657"),
     "apo_zero": LossSpec(apo_zero_loss, source=f"APO-zero, {_APO}, eq. 7"),
     "apo_down": LossSpec(apo_down_loss, source=f"APO-down, {_APO}, eq. 8"),
-    "kto_pairs": LossSpec(kto_pairs_loss, source="KTO on pairs, Ethayarajh et al. 2024, arXiv 2402.01306, with an exact z₀",
-                          reverse_kl=True),
+    "kto_pairs": LossSpec(kto_pairs_loss, reverse_kl=True,
+                          source="KTO on pairs, Ethayarajh et al. 2024, arXiv 2402.01306, with an exact z₀"),
     "dpop": LossSpec(dpop_loss, source="DPO-positive, Pal et al. 2024, arXiv 2402.13228", options=("beta", "penalty")),
     "orpo": LossSpec(orpo_loss, source="ORPO, Hong et al. 2024, arXiv 2403.07691", reference=False),
     "cpo": LossSpec(cpo_loss, source="CPO, Xu et al. 2024, arXiv 2401.08417", options=("beta", "alpha"),

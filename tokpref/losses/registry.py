@@ -60,8 +60,9 @@ def mixes_pairs(loss: Callable[..., PairLoss]) -> bool:
     values = torch.arange(24.0).view(2, 3, 4).sin() - 2     # of both sides, three pairs, four tokens
 
     def losses(pairs: slice) -> torch.Tensor:
-        chosen, rejected = (TokenStats(x, -x.square() / 2, torch.ones_like(x).bool(), kl=-x, baseline=x, entropy=-x, reverse_kl=-x)
-                            for x in values[:, pairs])
+        chosen, rejected = (
+            TokenStats(x, -x.square() / 2, torch.ones_like(x).bool(), kl=-x, baseline=x, entropy=-x, reverse_kl=-x)
+            for x in values[:, pairs])
         return loss(chosen, rejected).losses
 
     one_by_one = torch.cat([losses(slice(i, i + 1)) for i in range(3)])

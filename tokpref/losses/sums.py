@@ -43,7 +43,7 @@ def parse_sum(name: str) -> dict[str, float]:
 
 
 def sum_name(terms: Mapping[str, float]) -> str:
-    "The name of a sum: `{'dpo': 1, 'sft': 0.1}` as `'dpo+0.1*sft'`. Raises `ValueError` for a weight that is not positive."
+    "`'dpo+0.1*sft'` for `{'dpo': 1, 'sft': 0.1}`. Raises `ValueError` for a weight that is not a positive number."
     for loss, weight in terms.items():
         good = isinstance(weight, int | float) and not isinstance(weight, bool) and 0 < weight < math.inf
         if not good: raise ValueError(f"the weight of {loss!r} must be a positive number, got {weight!r}")
