@@ -13,7 +13,6 @@ from tokpref.losses.registry import mixes_pairs
 from tokpref.losses.sums import parse_sum, sum_name
 from tokpref.losses.types import LossSpec, PairLoss
 
-
 def sides(pairs=5, tokens=6, dtype=torch.float64):
     "Chosen and rejected statistics with padding, and everything that a loss can ask for."
     generator = torch.Generator().manual_seed(0)
@@ -119,7 +118,8 @@ def test_a_sum_adds_losses_and_gradients():
 
 
 def test_a_sum_asks_for_what_its_terms_ask_for():
-    asks = lambda name: {field for field in ("reference", "kl", "baseline", "reverse_kl") if getattr(LOSSES[name], field)}
+    fields = "reference", "kl", "baseline", "reverse_kl"
+    asks = lambda name: {field for field in fields if getattr(LOSSES[name], field)}
     assert asks("sft+0.5*simpo") == set() and asks("sft+tdpo2") == {"reference", "kl"}
     assert asks("tbpo_q+kto_pairs") == {"reference", "baseline", "reverse_kl"}
     assert LOSSES["dpo+0.1*sft"].defaults() == LOSSES["dpo"].defaults()

@@ -77,7 +77,8 @@ def apo_zero_loss(
 ) -> PairLoss:
     """1 − σ(βΔʷ) + σ(βΔˡ): [B] in (0, 2) (APO-zero, D'Oosterlinck et al. 2024, arXiv 2408.06266, eq. 7).
 
-    A constant is added, so that it starts at 1. For chosen responses that are better than the model's own. Rewards are βΔ. Raises `ValueError` for β ≤ 0."""
+    A constant is added, so that it starts at 1. For chosen responses that are better than the model's own. Rewards are
+    βΔ. Raises `ValueError` for β ≤ 0."""
     chosen_rewards, rejected_rewards = _log_ratios(chosen, rejected, beta)
     losses = torch.sigmoid(-chosen_rewards) + torch.sigmoid(rejected_rewards)
     return PairLoss(losses, chosen_rewards, rejected_rewards)
@@ -90,7 +91,8 @@ def apo_down_loss(
 ) -> PairLoss:
     """σ(βΔʷ) + 1 − σ(β(Δʷ − Δˡ)): [B] in (0, 2) (APO-down, arXiv 2408.06266, eq. 8).
 
-    A constant is added, so that it starts at 1. For chosen responses that are worse than the model's own. Rewards are βΔ. Raises `ValueError` for β ≤ 0."""
+    A constant is added, so that it starts at 1. For chosen responses that are worse than the model's own. Rewards are
+    βΔ. Raises `ValueError` for β ≤ 0."""
     chosen_rewards, rejected_rewards = _log_ratios(chosen, rejected, beta)
     losses = torch.sigmoid(chosen_rewards) + torch.sigmoid(rejected_rewards - chosen_rewards)
     return PairLoss(losses, chosen_rewards, rejected_rewards)
