@@ -22,5 +22,5 @@ from .types import LossSpec, PairLoss, TokenStats
 
 __all__ = ["LOSSES", "BaselineHead", "LossSpec", "PairLoss", "TokenStats", "adpo_loss", "apo_down_loss",
            "apo_zero_loss", "bpo_loss", "bregman_risk", "check_loss", "cpo_loss", "dpo_loss", "dpo_norm_loss",
-           "dpop_loss", "hinge_loss", "ipo_loss", "kto_pairs_loss", "orpo_loss", "robust_loss", "sft_loss", "simpo_loss",
-           "tbpo_loss", "tdpo_loss"]
+           "dpop_loss", "hinge_loss", "ipo_loss", "kto_pairs_loss", "orpo_loss", "robust_loss", "sft_loss",
+           "simpo_loss", "tbpo_loss", "tdpo_loss"]
