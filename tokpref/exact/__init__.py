@@ -10,7 +10,18 @@ from .optima import (
     soft_policy,
     soft_values,
 )
-from .population import Fit, Pairs, fit, population_loss, sequence_pairs, table_stats, token_pairs
+from .population import (
+    Fit,
+    Forest,
+    Pairs,
+    fit,
+    fit_many,
+    join,
+    population_loss,
+    sequence_pairs,
+    table_stats,
+    token_pairs,
+)
 from .tree import (
     TokenTree,
     conditionals,
@@ -22,7 +33,7 @@ from .tree import (
     response_logps,
 )
 
-__all__ = ["Fit", "Pairs", "TokenTree", "backup", "conditionals", "edge_mass", "fit", "kl_divergence", "objective",
-           "occupancy", "occupancy_kl", "one_step_policy", "population_loss", "random_tree", "reference_advantage",
+__all__ = ["Fit", "Forest", "Pairs", "TokenTree", "backup", "conditionals", "edge_mass", "fit", "fit_many", "join",
+           "kl_divergence", "objective", "occupancy", "occupancy_kl", "one_step_policy", "population_loss", "random_tree", "reference_advantage",
            "reference_values", "response_logps", "sequence_optimum", "sequence_pairs", "soft_policy", "soft_values",
            "table_stats", "token_pairs"]
