@@ -34,6 +34,6 @@ from .tree import (
 )
 
 __all__ = ["Fit", "Forest", "Pairs", "TokenTree", "backup", "conditionals", "edge_mass", "fit", "fit_many", "join",
-           "kl_divergence", "objective", "occupancy", "occupancy_kl", "one_step_policy", "population_loss", "random_tree", "reference_advantage",
-           "reference_values", "response_logps", "sequence_optimum", "sequence_pairs", "soft_policy", "soft_values",
-           "table_stats", "token_pairs"]
+           "kl_divergence", "objective", "occupancy", "occupancy_kl", "one_step_policy", "population_loss",
+           "random_tree", "reference_advantage", "reference_values", "response_logps", "sequence_optimum",
+           "sequence_pairs", "soft_policy", "soft_values", "table_stats", "token_pairs"]

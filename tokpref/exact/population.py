@@ -113,12 +113,15 @@ def join(
     trees: Sequence[TokenTree],     # of one vocabulary and one depth
     populations: Sequence[Pairs],   # one for each tree
 ) -> tuple[Forest, Pairs]:          # the weights sum to the number of trees
-    "One population for several trees at once: each keeps its own states and rows. Raises `ValueError` for unequal trees."
-    if len(trees) != len(populations): raise ValueError(f"{len(trees)} trees need as many populations, got {len(populations)}")
-    if len({(tree.vocab, tree.depth) for tree in trees}) > 1: raise ValueError("trees to join need one vocab and one depth")
+    "One population for several trees, each with its own states and rows. Raises `ValueError` for unequal trees."
+    if len(trees) != len(populations):
+        raise ValueError(f"{len(trees)} trees need as many populations, got {len(populations)}")
+    if len({(tree.vocab, tree.depth) for tree in trees}) > 1:
+        raise ValueError("trees to join need one vocab and one depth")
     columns, states, rows = [], 0, 0
     for tree, part in zip(trees, populations, strict=True):
-        columns.append((part.path + states, part.tokens, part.mask, part.chosen + rows, part.rejected + rows, part.weights))
+        moved = part.path + states, part.tokens, part.mask, part.chosen + rows, part.rejected + rows, part.weights
+        columns.append(moved)
         states, rows = states + len(tree.states), rows + len(part.path)
     return Forest(torch.cat([tree.ref_logps for tree in trees])), Pairs(*map(torch.cat, zip(*columns, strict=True)))
 
@@ -184,7 +187,7 @@ class _Problem:
         mass = torch.cat([edge_mass(tree, response_logps(tree, tree.ref_logps)) for tree in trees])
         if spec.baseline: mass = torch.cat([mass, mass.sum(-1, keepdim=True)], 1)      # one more column for a baseline
         self.start = torch.nn.functional.pad(self.forest.ref_logps, (0, int(spec.baseline)))
-        self.unit = options["beta"] * mass.sqrt()   # a step of 1/unit in a logit, so that all of them bend the loss alike
+        self.unit = options["beta"] * mass.sqrt()   # a step moves a logit by 1/unit: all bend the loss alike
 
     def tables(self, step: Tensor) -> tuple[Tensor, Tensor | None]:
         "The policies, and the baselines of a loss that learns one."
