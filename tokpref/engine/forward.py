@@ -101,10 +101,10 @@ _Any = TypeVar("_Any")
 
 def moved(x: _Any, device: torch.device) -> _Any:
     "Tensors inside (named) tuples on a device; everything else as it is."
-    found: Any = x
-    if isinstance(x, Tensor): found = x.to(device, non_blocking=True)
-    elif isinstance(x, tuple): found = getattr(type(x), "_make", tuple)(moved(part, device) for part in x)
-    return found
+    result: Any = x
+    if isinstance(x, Tensor): result = x.to(device, non_blocking=True)
+    elif isinstance(x, tuple): result = getattr(type(x), "_make", tuple)(moved(part, device) for part in x)
+    return result
 
 # %% ../../nbs/library/engine/01_forward.ipynb #3de4bddc
 def model_inputs(base: nn.Module, batch: dict) -> dict:

@@ -259,8 +259,8 @@ def scored_twice(policy: Features, reference: Features | None, targets: Tensor, 
     work, positions = make_workspace(policy, reference, targets, wants, chunk_size=chunk_size)
     weight, bias = (None, None) if policy.head is None else (policy.head.weight, policy.head.bias)
     with torch.autocast(targets.device.type, enabled=False):
-        found = _ScoredTwice.apply(policy.states, weight, bias, work, positions)
-    return {name: x for name, x in zip(STATISTICS, found, strict=True) if x is not None}
+        statistics = _ScoredTwice.apply(policy.states, weight, bias, work, positions)
+    return {name: x for name, x in zip(STATISTICS, statistics, strict=True) if x is not None}
 
 # %% ../../nbs/library/engine/04_gradients.ipynb #b023f6c3
 class Attach(torch.autograd.Function):

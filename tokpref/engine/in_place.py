@@ -212,8 +212,8 @@ class Workspace:
     def logits(self, head: Head | None, states: Tensor, name: str, columns: slice = slice(None)) -> Tensor:
         "[n, w] logits in the buffer of that name; with a soft cap of the policy also its slope, in the buffer `slope`."
         if head is None:
-            given = states[:, columns]
-            return self.buffer(name, len(given), given.shape[1]).copy_(given)
+            part = states[:, columns]
+            return self.buffer(name, len(part), part.shape[1]).copy_(part)
         weight = head.weight[columns]
         z = self.buffer(name, len(states), len(weight))
         states = states.to(weight.dtype)

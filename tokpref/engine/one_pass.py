@@ -105,11 +105,11 @@ def token_slopes(values: dict[str, Tensor], grid: Grid, loss: Callable,
     "Losses of a tile; the derivative of their share in the mean over all `pairs` with respect to each statistic [n]."
     leaves = {name: values[name].detach().requires_grad_() for name in ("logps", "kl", "baseline") if name in values}
     with torch.enable_grad():
-        found = loss(*grid.stats(values | leaves))
-        share = torch.full_like(found.losses, 1 / pairs)
-        slopes = torch.autograd.grad(found.losses, list(leaves.values()), share, allow_unused=True)
-    found = PairLoss(found.losses.detach(), found.chosen_rewards, found.rejected_rewards, found.metrics)
-    return found, {name: x for name, x in zip(leaves, slopes, strict=True) if x is not None}
+        result = loss(*grid.stats(values | leaves))
+        share = torch.full_like(result.losses, 1 / pairs)
+        slopes = torch.autograd.grad(result.losses, list(leaves.values()), share, allow_unused=True)
+    result = PairLoss(result.losses.detach(), result.chosen_rewards, result.rejected_rewards, result.metrics)
+    return result, {name: x for name, x in zip(leaves, slopes, strict=True) if x is not None}
 
 # %% ../../nbs/library/engine/09_one_pass.ipynb #9c676027
 def _keep(into: dict[str, Tensor], new: dict[str, Tensor], rows: Tensor, count: int) -> None:
@@ -134,8 +134,8 @@ def _walk(work: Workspace, positions: Positions, known: dict[str, Tensor], tiles
         late = tile.rows[-work.chunk:]
         measure(late)
         own = values if len(tiles) == 1 else {name: x[tile.rows] for name, x in values.items()}
-        found, new = token_slopes(own, tile.grid, loss, pairs)
-        losses.append(found)
+        result, new = token_slopes(own, tile.grid, loss, pairs)
+        losses.append(result)
         if "logps" not in new: new["logps"] = torch.zeros_like(own["logps"])
         _keep(slopes, new, tile.rows, count)
         add_gradients(sums, work, positions, late, slopes)
@@ -218,16 +218,16 @@ class Layout(NamedTuple):
 def _layout(batch: dict, packed: Packed | None = None) -> Layout:
     "The positions of a batch on the CPU as it is, one response a row, or of its packed form."
     pairs = pairs_of(len(batch["input_ids"]))
-    found = response_positions(batch)
-    order = torch.argsort(found.rows % pairs * 2 + found.rows // pairs, stable=True)
-    rows, columns = found.rows[order], found.columns[order]
-    lengths = [n for pair in zip(found.lengths[:pairs], found.lengths[pairs:], strict=True) for n in pair]
+    responses = response_positions(batch)
+    order = torch.argsort(responses.rows % pairs * 2 + responses.rows // pairs, stable=True)
+    rows, columns = responses.rows[order], responses.columns[order]
+    lengths = [n for pair in zip(responses.lengths[:pairs], responses.lengths[pairs:], strict=True) for n in pair]
     states = rows, columns - 1
     if packed is not None:
         at, width = packed.locate(*states), packed.input_ids.shape[1]
         states = at // width, at % width
     targets = batch["input_ids"][rows, columns]
-    return Layout((rows, columns), found.ordinal[order], lengths, targets, states, packed)
+    return Layout((rows, columns), responses.ordinal[order], lengths, targets, states, packed)
 
 
 _log = logging.getLogger(__name__)
@@ -256,11 +256,11 @@ def plan(batch: dict, models: list[nn.Module], shared_prompt: bool | None) -> La
     return moved(_layout(here, packed), device)
 
 # %% ../../nbs/library/engine/09_one_pass.ipynb #9f9ba881
-def known_values(batch: dict, layout: Layout, live: bool) -> dict[str, Tensor]:
-    "What the batch brings along, each [N]: token weights, and the reference's log-probs unless it runs `live`."
+def known_values(batch: dict, layout: Layout, run_reference: bool) -> dict[str, Tensor]:
+    "What the batch brings along, each [N]: token weights, and the reference's log-probs unless it is run."
     known = {}
     if batch.get("weights") is not None: known["weights"] = batch["weights"][layout.source].float()
-    if not live and batch.get("ref_logps") is not None:
+    if not run_reference and batch.get("ref_logps") is not None:
         known["ref_logps"] = batch["ref_logps"][layout.source[0], layout.ordinal]
     return known
 
@@ -278,10 +278,12 @@ def pair_features(
     "One forward pass of the reference, if it is needed, and one of the policy."
     models = [m for m in (model, ref_model) if m is not None]
     layout = plan(batch, models, shared_prompt)
-    packed, live = layout.packed, wants.both or (needs_reference and batch.get("ref_logps") is None)
+    packed = layout.packed
+    run_reference = wants.both or (needs_reference and batch.get("ref_logps") is None)
     def inputs(m: nn.Module) -> dict: return batch if packed is None else packed_inputs(packed, m)
     with contextlib.nullcontext() if packed is None else packed_attention(packed, *models):
-        reference = reference_features(model, ref_model, inputs(models[-1]), layout.positions) if live else None
+        reference = None
+        if run_reference: reference = reference_features(model, ref_model, inputs(models[-1]), layout.positions)
         if wants.both and reference is None:
             raise ValueError("a KL needs the reference's whole distribution: pass ref_model, or a PEFT model")
         policy = features(model, inputs(model), layout.positions)

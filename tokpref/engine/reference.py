@@ -37,8 +37,8 @@ def add_ref_logps(
 ) -> Dataset:                               # with columns chosen_ref_logps, rejected_ref_logps: a float a token
     "The prepared rows with the reference's log-probabilities."
     index, world = process
-    mine: Any = dataset.select(range(index, len(dataset), world))
-    loader = DataLoader(mine, batch_size, collate_fn=collator)
+    share: Any = dataset.select(range(index, len(dataset), world))
+    loader = DataLoader(share, batch_size, collate_fn=collator)
     model, device = base_model(ref_model), next(ref_model.parameters()).device
     rows: list = []
     with evaluating(model):

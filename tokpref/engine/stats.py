@@ -21,18 +21,18 @@ def _measure(model: nn.Module, ref_model: nn.Module | None, batch: dict, matrix:
              baseline: Callable | None, chunk_size: int | None) -> list[TokenStats]:
     "Token statistics of a batch whose row i goes to matrix `matrix[i]` of the result."
     here = host_batch(batch)
-    found = response_positions(here)
-    targets = here["input_ids"][found.rows, found.columns]
-    plan = moved((found, row_grid(found.lengths, matrix), targets), batch["input_ids"].device)
+    responses = response_positions(here)
+    targets = here["input_ids"][responses.rows, responses.columns]
+    plan = moved((responses, row_grid(responses.lengths, matrix), targets), batch["input_ids"].device)
     (rows, columns, ordinal, _), grid, targets = plan
     positions = rows, columns - 1
-    live = wants.both or batch.get("ref_logps") is None
-    reference = reference_features(model, ref_model, batch, positions) if live else None
+    run_reference = wants.both or batch.get("ref_logps") is None
+    reference = reference_features(model, ref_model, batch, positions) if run_reference else None
     if wants.both and reference is None:
         raise ValueError("a KL needs the reference's whole distribution: pass ref_model, or a PEFT model")
     policy = features(model, batch, positions)
     values = scored_twice(policy, reference, targets, wants, chunk_size)
-    if not live: values["ref_logps"] = batch["ref_logps"][rows, ordinal].to(values["logps"])
+    if not run_reference: values["ref_logps"] = batch["ref_logps"][rows, ordinal].to(values["logps"])
     if batch.get("weights") is not None: values["weights"] = batch["weights"][rows, columns].to(values["logps"])
     if baseline is not None: values["baseline"] = baseline(policy.hidden.detach())
     return grid.stats(values)
