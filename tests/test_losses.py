@@ -282,3 +282,87 @@ def test_rows_and_columns_of_a_batch(weighted):
     assert_close(rows(stats, [2, 0]).kl_terms, stats.kl_terms[[2, 0]])
     assert_close(stats_of([[0.2, -0.1]]).log_ratio, torch.tensor([[0.2, -0.1]]).double())
     assert_close([sum(x) for x in token_lists(stats, "kl_terms")], stats.kl_terms.sum(-1).tolist())
+
+
+# TDPO
+
+@pytest.mark.parametrize("name, options, weight", [
+    ("tdpo1", {}, 1.0), ("tdpo2", {"alpha": 0.0}, 0.0), ("tdpo2", {}, 0.5), ("tdpo2", {"alpha": 2.0}, 2.0)])
+def test_tdpo_in_plain_numbers(name, options, weight, pair, weighted):
+    for sides in (pair, weighted):
+        (dw, dl), (kw, kl) = ([[sum(tokens) for tokens in token_lists(side, field)] for side in sides]
+                              for field in ("log_ratio", "kl_terms"))
+        numbers = list(zip(dw, dl, kw, kl, strict=True))
+        wanted = [minus_log_sigmoid(0.7 * (w - r - weight * (b - a))) for w, r, a, b in numbers]
+        found = LOSSES[name](*sides, beta=0.7, **options)
+        assert_close(found.losses, torch.tensor(wanted, dtype=torch.float64))
+        rewards = torch.tensor([0.7 * (w + a) for w, _, a, _ in numbers], dtype=torch.float64)
+        assert_close(found.chosen_rewards, rewards)     # the KL counts once, whatever the version and its alpha
+
+
+@pytest.mark.parametrize("name, arrives", [("tdpo1", True), ("tdpo2", False)])
+def test_only_version_1_pushes_the_chosen_kl(name, arrives, pair):
+    sides = [replace(side, kl=side.kl.clone().requires_grad_()) for side in pair]
+    LOSSES[name](*sides).mean().backward()
+    assert (sides[0].kl.grad is not None) == arrives and sides[1].kl.grad is not None
+
+
+@pytest.mark.parametrize("call, said", [
+    (lambda *pair: LOSSES["tdpo1"].fn(*pair, version=3), "version must be 1 (TDPO1) or 2 (TDPO2), got 3"),
+    (lambda *pair: LOSSES["tdpo1"].fn(*pair, alpha=0.3, version=1), "alpha=0.3 would be ignored: TDPO1 has no alpha"),
+    (lambda *pair: LOSSES["tdpo2"](*pair, alpha=-1), "alpha must be a number in [0, inf), got -1"),
+    (lambda *pair: LOSSES["tdpo1"](*pair, alpha=0.3), "option 'alpha' is not used by this loss"),
+])
+def test_tdpo_refuses(call, said, pair):
+    assert said in message_of(lambda: call(*pair))
+
+
+# ADPO
+
+def windows(w, r, k):
+    longest = max(len(w), len(r))
+    w, r = (side + [0.0] * (longest - len(side)) for side in (w, r))
+    return [(sum(w[start:start + k]), sum(r[start:start + k])) for start in range(0, longest, k)]
+
+
+def parts(w, r, m):
+    m = min(m, len(w), len(r))
+    w, r = ([sum(side[i * len(side) // m:(i + 1) * len(side) // m]) for i in range(m)] for side in (w, r))
+    return list(zip(w, r, strict=True))
+
+
+@pytest.mark.parametrize("option, cut", [("window", windows), ("segments", parts)])
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 7, 12])
+def test_adpo_in_plain_numbers(option, cut, n, pair, weighted):
+    for sides in (pair, weighted):
+        units = [cut(w, r, n) for w, r in zip(*map(token_lists, sides), strict=True)]
+        wanted = [sum(minus_log_sigmoid(0.7 * (w - r)) for w, r in of_pair) for of_pair in units]
+        found = LOSSES["adpo"](*sides, beta=0.7, **{option: n})
+        assert_close(found.losses, torch.tensor(wanted, dtype=torch.float64))
+
+
+def test_parts_are_cut_as_the_formula_says():
+    for length in range(1, 25):
+        for count in range(1, length + 1):
+            cuts = [i * length // count for i in range(count + 1)]
+            one = torch.ones(1, length)     # a part of n tokens against nothing has the margin β n
+            found = LOSSES["adpo"](stats_of(one), stats_of(0 * one), beta=0.1, segments=count).losses.item()
+            margins = [0.1 * (b - a) for a, b in zip(cuts, cuts[1:], strict=False)]
+            assert math.isclose(found, sum(map(minus_log_sigmoid, margins)))
+
+
+@pytest.mark.parametrize("options, said", [
+    ({}, "give exactly one of window (tokens per unit) and segments (units per response)"),
+    ({"window": 2, "segments": 3}, "got window=2 and segments=3"),
+    ({"window": 0}, "window must be a positive whole number, got 0"),
+    ({"segments": 2.0}, "segments must be a positive whole number, got 2.0"),
+    ({"window": True}, "window must be a positive whole number, got True"),
+])
+def test_adpo_refuses(options, said, pair):
+    assert said in message_of(lambda: LOSSES["adpo"](*pair, **options))
+
+
+def test_adpo_refuses_an_empty_response(pair):
+    chosen, rejected = pair
+    empty = replace(chosen, mask=chosen.mask & torch.tensor([True, True, False, True])[:, None])
+    assert "rows [2] have no response token" in message_of(lambda: LOSSES["adpo"](empty, rejected, window=4))
