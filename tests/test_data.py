@@ -1,4 +1,5 @@
 """Preference data across formats, files and processes, and on the real sets where they are at hand."""
+import csv
 import doctest
 import gzip
 import importlib
@@ -8,6 +9,7 @@ import os
 import sys
 from copy import deepcopy
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +21,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from tokpref.data import LOADERS, Loader, PreferenceCollator, describe_row, load_preferences, load_texts, prepare
 from tokpref.data.prepare import encode_batch
-from tokpref.data.tokens import continue_ids
+from tokpref.data.tokens import continue_ids, shorten_chat
 
 disable_progress_bars()
 WORDS = [
@@ -398,6 +400,129 @@ def test_a_format_of_the_dataset_changes_nothing(tokenizer, form):
     for name in one: torch.testing.assert_close(one[name], other[name])
 
 
+@pytest.mark.parametrize("bad,words", [
+    ({"prompt": "a\ud800b"}, r"rows: row 1: prompt holds half a character \('\\ud800'"),
+    ({"chosen": "\udfff"}, "rows: row 1: chosen holds half a character"),
+    ({"chosen": 3}, "rows: row 1: chosen is a int, and in row 0 a str"),
+    ("a", "rows: row 1 is a str: it must be a dictionary"),
+])
+def test_a_row_that_cannot_stand_in_a_table_is_named(tokenizer, bad, words):
+    rows = some_rows(3)
+    rows[1] = bad if isinstance(bad, str) else rows[1] | bad
+    with pytest.raises((TypeError, ValueError), match=words) as caught: prepare(rows, tokenizer, name="rows")
+    assert "\n" not in str(caught.value)
+
+
+def test_half_a_character_in_a_message_is_named(tokenizer):
+    say = lambda role, content: [dict(role=role, content=content)]
+    good = dict(prompt=say("user", "x"), chosen=say("assistant", "a"), rejected=say("assistant", "b"))
+    whole = dict(good, chosen=say("assistant", "\U0001f600"))      # two halves that belong together are a character
+    assert prepare([good, whole], tokenizer)[1].kept == 2
+    with pytest.raises(ValueError, match="row 2: rejected holds half a character"):
+        prepare([good, whole, dict(good, rejected=say("assistant", "\ud83d"))], tokenizer)
+
+
+def test_what_is_no_tokenizer_is_told_what_to_pass(tokenizer):
+    processor = SimpleNamespace(tokenizer=tokenizer)
+    for wrong, words in ((processor, "pass the tokenizer inside it"), ("gpt2", "a str is no"),
+                         (tokenizer.backend_tokenizer, "wrap it")):
+        with pytest.raises(TypeError, match=words): prepare(some_rows(1), wrong)
+
+
+def test_pairs_that_became_the_same_say_where(tokenizer):
+    trims = deepcopy(tokenizer)
+    trims.chat_template = TEMPLATE.replace("m.content", "m.content | trim")
+    say = lambda role, content: [dict(role=role, content=content)]
+    pair = dict(prompt=say("user", "x"), chosen=say("assistant", "b"), rejected=say("assistant", "a"))
+    same = dict(pair, rejected=say("assistant", " b\n"))
+    long = dict(pair, chosen=say("assistant", "the sea" * 20), rejected=say("assistant", "the sea" * 21))
+    _, report = prepare([pair, same, long], trims, max_length=24)
+    assert report.dropped == {"identical once tokenised": 1, "identical once truncated": 1}
+    assert report.dropped_rows == {"identical once tokenised": [1], "identical once truncated": [2]}
+    lower = deepcopy(tokenizer)
+    lower.backend_tokenizer.normalizer = normalizers.Lowercase()
+    assert prepare([dict(prompt="x", chosen=" Yes", rejected=" yes"), *some_rows(1)], lower)[1].dropped == {
+        "identical once tokenised": 1}
+
+
+# chat prompts that are too long
+
+def chat_tokenizer(tokenizer, bos, template):
+    "The tokenizer of the tests with turns that begin and end as in `template`."
+    chat = deepcopy(tokenizer)
+    chat.add_special_tokens({"bos_token": bos, "additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    chat.eos_token, chat.chat_template = "<|im_end|>", template
+    return chat
+
+
+CHATML = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+          "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+
+
+@pytest.mark.parametrize("bos,template", [("<|im_start|>", CHATML), ("<s>", "<s>" + CHATML)])
+@pytest.mark.parametrize(
+    "limits", [dict(max_length=90), dict(max_length=200, max_prompt_length=75), dict(max_length=60)])
+def test_a_chat_loses_whole_turns_and_keeps_its_system_message(tokenizer, bos, template, limits):
+    chat = chat_tokenizer(tokenizer, bos, template)
+    say = lambda role, content: dict(role=role, content=content)
+    turns = [say("user" if i % 2 == 0 else "assistant", f"Tell me about number {i}.") for i in range(9)]
+    system = say("system", "Be kind.")
+    pair = dict(prompt=[system, *turns], chosen=[say("assistant", "blue")], rejected=[say("assistant", "green")])
+    (row,), report = prepare([pair], chat, **limits)
+    text = chat.decode(row["prompt_ids"])
+    render = lambda messages: str(chat.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    whole = [render([system, *turns[i:]]) for i in range(0, 9, 2)]
+    longest = max(len(row[f"{side}_ids"]) for side in ("chosen", "rejected"))
+    room = limits.get("max_prompt_length") or limits["max_length"] - longest
+    sizes = [len(chat(text, add_special_tokens=False)["input_ids"]) for text in whole]
+    fitting = next(text for text, size in zip(whole, sizes, strict=True) if size <= room)
+    assert text == fitting and whole.index(fitting) > 0         # as much as fits, and no part of a turn
+    assert len(row["prompt_ids"]) <= room and report.truncated["prompt"] == 1
+    assert row["cut"][0] == sizes[0] - len(row["prompt_ids"])
+    assert chat.decode(row["chosen_ids"]) == "blue<|im_end|>"
+
+
+@pytest.mark.parametrize("bos,template", [("<|im_start|>", CHATML), ("<s>", "<s>" + CHATML)])
+def test_a_turn_that_is_too_long_loses_the_beginning_of_its_text(tokenizer, bos, template):
+    chat = chat_tokenizer(tokenizer, bos, template)
+    say = lambda role, content: dict(role=role, content=content)
+    question = "".join(f"{i} is less than {i + 1}. " for i in range(40)) + "What is more?"
+    pair = dict(prompt=[say("system", "Be kind."), say("user", question)], chosen=[say("assistant", "41")],
+                rejected=[say("assistant", "39")])
+    for room in (60, 100, 200):
+        (row,), _ = prepare([pair], chat, max_length=2 * room, max_prompt_length=room)
+        text = chat.decode(row["prompt_ids"])
+        begin, end = render_parts(chat, pair["prompt"], question)
+        kept = text.removeprefix(begin).removesuffix(end)
+        assert text == begin + kept + end and question.endswith(kept) and "What is more?" in kept
+        assert room - 12 < len(row["prompt_ids"]) <= room       # no more is lost than must be
+    instructions = dict(pair, prompt=[say("system", question), say("user", "What is more?")])
+    (row,), _ = prepare([instructions], chat, max_length=200, max_prompt_length=100)
+    text = chat.decode(row["prompt_ids"])
+    assert "user\nWhat is more?<|im_end|>" in text and "system\n0 is less than 1. 1 is" in text
+    (row,), _ = prepare([pair], chat, max_length=8)          # less room than the template alone needs
+    assert 0 < len(row["prompt_ids"]) < 8 and (row["prompt_ids"][0] == chat.bos_token_id) == (bos == "<s>")
+
+
+def render_parts(chat, messages, content):
+    "What a template writes before and after a message's text."
+    whole = str(chat.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    begin, end = whole.split(content)
+    return begin, end
+
+
+def test_a_template_that_refuses_half_a_talk_loses_the_exchange(tokenizer):
+    say = lambda role, content: dict(role=role, content=content)
+    turns = [say("user" if i % 2 == 0 else "assistant", f"This is number {i}.") for i in range(5)]
+    plain = chat_tokenizer(tokenizer, "<|im_start|>", CHATML)
+    rest = plain.apply_chat_template(turns[2:], add_generation_prompt=True, return_dict=True)["input_ids"]
+    ids = shorten_chat(turns, len(rest) + 3, plain, None)
+    refusing = deepcopy(plain)
+    refusing.chat_template = ("{% if messages[0].role != 'user' %}{{ raise_exception('begin with user') }}{% endif %}"
+                              + CHATML)
+    assert shorten_chat(turns, len(rest) + 3, refusing, None) == ids == rest
+
+
 def test_max_length_is_a_number(tokenizer):
     with pytest.raises(TypeError, match="max_length must be a number of tokens, got None"):
         prepare(some_rows(1), tokenizer, None)
@@ -579,10 +704,43 @@ def test_edited_converter_is_not_served_from_cache(tmp_path, no_hub, monkeypatch
         assert load_preferences("set")[0]["prompt"] == word
 
 
-def test_an_empty_file_is_one_line(tmp_path, no_hub):
-    (tmp_path / "empty.jsonl").write_text("")
-    with pytest.raises(ValueError, match="empty.jsonl, split 'train': the file has no rows"):
-        load_texts(tmp_path / "empty.jsonl")
+@pytest.mark.parametrize("name,text", [
+    ("a.jsonl", ""), ("a.jsonl", "\n\n"), ("a.json", ""), ("a.json", "[]"), ("a.csv", ""),
+    ("a.tsv", "prompt\tchosen\n")])
+def test_an_empty_file_is_one_line(tmp_path, no_hub, name, text):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=f"{name}, split 'train': the file has no rows"): load_texts(tmp_path / name)
+
+
+def test_a_table_of_text_is_read_as_it_stands(tmp_path, no_hub, tokenizer):
+    rows = [dict(prompt="How many?", chosen="3", rejected="NA"),
+            dict(prompt='Say "a, b"\nor c', chosen="", rejected="4"),
+            dict(prompt="Größe?", chosen=" 1.50", rejected=" null")]
+    for name, mark in (("a.csv", ","), ("a.tsv", "\t")):
+        with (tmp_path / name).open("w", encoding="utf-8-sig", newline="") as file:     # as spreadsheets save it
+            writer = csv.DictWriter(file, list(rows[0]), delimiter=mark)
+            writer.writeheader()
+            writer.writerows(rows)
+        with gzip.open(tmp_path / f"{name}.gz", "wb") as file: file.write((tmp_path / name).read_bytes())
+        for path in (tmp_path / name, tmp_path / f"{name}.gz"):
+            assert load_preferences(path).to_list() == rows
+        assert prepare(load_preferences(path), tokenizer)[1].dropped == {"empty chosen": 1}
+    assert load_preferences(tmp_path / "a.tsv", "train[2:]").to_list() == rows[2:]
+
+
+def test_a_file_of_another_kind_says_which_can_be_read(tmp_path, no_hub):
+    for name in ("a.txt", "a.xlsx", "a.jsonl.zst", "noname"):
+        (tmp_path / name).write_text("a")
+        with pytest.raises(ValueError, match="a file must be .jsonl, .json, .csv, .tsv or .parquet, gzipped or not"):
+            load_texts(tmp_path / name)
+
+
+def test_a_file_that_is_not_utf_8_names_the_row(tmp_path, no_hub):
+    good = json.dumps(some_rows(1)[0]).encode()
+    other = good.replace(b"answer", "Gr\xf6\xdfe".encode("latin-1"))
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join([good, good, other]))
+    with pytest.raises(ValueError, match="a.jsonl, split 'train': row 2 is not written in UTF-8"):
+        load_texts(tmp_path / "a.jsonl")
 
 
 def test_a_split_is_a_whole_word_of_a_file_name(tmp_path, no_hub):

@@ -13,13 +13,25 @@ from datasets import Dataset, DatasetDict
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from torch.testing import assert_close
-from transformers import BloomConfig, BloomForCausalLM, OPTConfig, OPTForCausalLM, TrainingArguments
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    GPT2ForSequenceClassification,
+    GPT2Model,
+    OPTConfig,
+    OPTForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+    TrainingArguments,
+)
 
 from tokpref import LOSSES, PreferenceConfig, PreferenceTrainer, metrics, prepare
+from tokpref.engine import pair_loss
 from tokpref.losses.types import LossSpec, PairLoss
 from tokpref.models import disable_dropout, layers_of
 from tokpref.training import load_baseline_head, model_card
 from tokpref.training.card import hub_name
+from tokpref.training.config import check_streams
 from tokpref.training.setup import not_finite
 
 PAIRS = [{"prompt": f"say {word} ", "chosen": word + "!", "rejected": other + ", never"}
@@ -62,6 +74,50 @@ def adapted(model: nn.Module) -> PeftModel:
 
 
 # Loading
+
+def test_what_is_no_language_model_is_named(make, model, tokenizer):
+    config = model.config
+    t5 = T5ForConditionalGeneration(T5Config(vocab_size=64, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2))
+    for wrong, words in ((GPT2Model(config), "a GPT2Model has no output head over the vocabulary"),
+                         (GPT2ForSequenceClassification(config), "has no output head over the vocabulary"),
+                         (t5, "reads the prompt with an encoder"), (nn.Linear(2, 2), "is no language model")):
+        with pytest.raises(TypeError, match=f"policy: .*{words}.*AutoModelForCausalLM"): make(dict(model=wrong))
+        with pytest.raises(TypeError, match=f"reference: .*{words}"): make(dict(ref_model=wrong))
+    with pytest.raises(TypeError, match="pass the tokenizer inside it, processor.tokenizer"):
+        make(dict(processing_class=SimpleNamespace(tokenizer=tokenizer)))
+
+
+def test_a_setting_that_tears_pairs_apart_is_refused(make):
+    with pytest.raises(ValueError, match="dispatch_batches=True would tear pairs apart between processes"):
+        make(accelerator_config={"dispatch_batches": True})
+    assert make().accelerator.dispatch_batches is False     # also of a stream, where accelerate would choose True
+
+
+def test_a_batch_that_was_cut_along_its_rows_is_found_out(make, model):
+    trainer = make()
+    batch = next(iter(trainer.get_train_dataloader()))
+    torn = {name: value[:6] for name, value in batch.items()}       # as accelerate gives it to the first process
+    with pytest.raises(ValueError, match="6 rows of ids for 6 pairs: .*tore pairs apart"):
+        pair_loss(model, model, torn, LOSSES["dpo"])
+
+
+def test_streams_are_not_evaluated_by_several_processes(make):
+    stream = prepare(PAIRS, make().processing_class)[0].to_iterable_dataset()
+    check_streams({"a": stream}, 1)
+    with pytest.raises(ValueError, match="train_sampling_strategy='group_by_length' would be ignored: a stream"):
+        make(dict(train_dataset=stream), group_by_length=True)
+    for data in (stream, {"b": stream}):
+        with pytest.raises(ValueError, match="2 processes would count some pairs of a stream twice"):
+            check_streams(data, 2)
+
+
+@pytest.mark.parametrize("form", ["torch", "numpy", "arrow", "pandas"])
+def test_a_format_of_prepared_rows_changes_nothing(make, tokenizer, form):
+    rows = prepare(PAIRS, tokenizer)[0]
+    plain, other = (make(dict(train_dataset=data)) for data in (rows, rows.with_format(form)))
+    for name, value in next(iter(plain.get_train_dataloader())).items():
+        assert_close(next(iter(other.get_train_dataloader()))[name].sum(0), value.sum(0))     # in whatever order
+
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_model_by_name_is_loaded_in_float32(make, model, tmp_path, dtype):

@@ -8,7 +8,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from tokpref import PreferenceConfig, PreferenceTrainer
+from tokpref import PreferenceConfig, PreferenceTrainer, prepare
 
 words = "<pad> <bos> <eos> yes no is it true very".split()
 tokenizer = PreTrainedTokenizerFast(
@@ -19,7 +19,7 @@ pairs = [dict(prompt="<bos> " + q, chosen=a, rejected=b) for q in ("is it true",
          for a, b in (("yes", "no"), ("very yes", "very no"), ("yes it is", "no"), ("yes", "no it is"))]
 
 
-def train(batch_size: int, **changes) -> dict:
+def train(batch_size: int, rows=None, **changes) -> dict:
     "Weights, and an evaluation over a number of pairs that two processes can't share evenly."
     torch.manual_seed(0)
     model = LlamaForCausalLM(
@@ -51,7 +51,8 @@ def train(batch_size: int, **changes) -> dict:
         disable_tqdm=True,
         **changes,
     )
-    trainer = PreferenceTrainer(model, args, pairs, pairs[:5], processing_class=tokenizer)
+    data = pairs if rows is None else rows
+    trainer = PreferenceTrainer(model, args, data, pairs[:5], processing_class=tokenizer)
     trainer.train()
     result = trainer.evaluate()
     weights = {name: p.detach() for name, p in model.named_parameters()}
@@ -75,6 +76,12 @@ def main(out: str, batch_size: int) -> None:
         "precomputed": dict(loss="dpo", precompute_ref_logps=True),
     }
     runs = {name: train(batch_size, **changes) for name, changes in settings.items()}
+    # as a stream, and cut by accelerate: a process gets whole pairs, chosen and rejected
+    stream = prepare(pairs, tokenizer)[0].to_iterable_dataset()
+    for split in (False, True):
+        size = 4 if split else batch_size
+        runs[f"stream, split_batches={split}"] = train(size, stream, accelerator_config={"split_batches": split})
+    runs["split_batches"] = train(4, accelerator_config={"split_batches": True})
     if int(os.environ.get("RANK", 0)) == 0: torch.save(runs, out)
 
 

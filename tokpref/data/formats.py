@@ -131,8 +131,32 @@ def without_none(value: Any, feature: Any) -> Any:
     return {name: without_none(value[name], feature[name]) for name in kept}
 
 
+def _check_row(row: Any, number: int, first: dict) -> None:
+    "Raise `TypeError` for a row of another kind than the first, `ValueError` for one with half a character."
+    if not isinstance(row, dict): raise TypeError(f"row {number} is a {type(row).__name__}: it must be a dictionary")
+    for name, value in row.items():
+        try: str(json.dumps(value, ensure_ascii=False, default=str)).encode("utf-8")
+        except UnicodeEncodeError as e:
+            half = e.object[e.start]
+            raise ValueError(f"row {number}: {name} holds half a character ({half!r}, a surrogate that stands alone): "
+                             "take it out, or read the text again in its right encoding") from None
+        kind, common = type(value).__name__, type(first.get(name)).__name__
+        if kind != common and "NoneType" not in (kind, common):
+            raise TypeError(f"row {number}: {name} is a {kind}, and in row 0 a {common}: use one kind")
+
+
 def to_dataset(rows: list[dict]) -> Dataset:
-    "Rows as a dataset whose columns of dictionaries are kept as JSON (where `datasets` can), as they were written."
+    """Rows as a dataset whose columns of dictionaries are kept as JSON (where `datasets` can), as they were written.
+
+    Raises `TypeError` or `ValueError` for a row that cannot stand in it, with its number.
+    """
+    try: return _to_dataset(rows)
+    except (TypeError, ValueError, AttributeError) as e:
+        for number, row in enumerate(rows): _check_row(row, number, rows[0])
+        raise type(e)(f"the rows make no table ({str(e).splitlines()[0]})") from None
+
+
+def _to_dataset(rows: list[dict]) -> Dataset:
     names = list(dict.fromkeys(name for row in rows for name in row))
     columns = {name: [row.get(name) for row in rows] for name in names}
     nested = [name for name in names if any(isinstance(v, dict) or isinstance(v, list) and v and isinstance(v[0], dict)
@@ -166,7 +190,9 @@ def column_kind(feature: Any) -> str:
 # %% ../../nbs/library/data/00_formats.ipynb #ac0046ab
 def check_columns(dataset: Any, name: str) -> Dataset:
     "A dataset, or list of rows, as a `Dataset`. Raises unless it has rows and preference columns of a known type."
-    if isinstance(dataset, list): dataset = to_dataset(dataset)
+    if isinstance(dataset, list):
+        try: dataset = to_dataset(dataset)
+        except (TypeError, ValueError) as e: raise type(e)(f"{name}: {e}") from None
     if not isinstance(dataset, Dataset):
         hint = "pass a datasets.Dataset or a list of dicts"
         if isinstance(dataset, dict): hint = f"choose a split: {list(dataset)}"

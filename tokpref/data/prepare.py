@@ -16,42 +16,57 @@ import datasets
 from datasets import Dataset
 
 # %% ../../nbs/library/data/05_prepare.ipynb #128b2f33
+from tokpref.data.tokens import (
+    check_lengths,
+    check_tokenizer,
+    check_weights,
+    cut_response,
+    encode_chat,
+    encode_texts,
+    fit_pair,
+    shorten_chat,
+)
+
 from .formats import PARTS, WEIGHTS, check_chat, check_columns, row_tools, split_pair, why_unusable, without_none
 from .report import PrepReport, decode_row, make_report
 from .sources import code_digest, shows_examples
-from .tokens import check_lengths, check_tokenizer, check_weights, cut_response, encode_chat, encode_texts, fit_pair
-from .tokens import render_chat as _template  # noqa: F401  (its name until evaluation uses the new one)
 
 # %% ../../nbs/library/data/05_prepare.ipynb #36f675cc
 _EMPTY = {"prompt_ids": [], "chosen_ids": [], "rejected_ids": [], "size": [0, 0, 0], "cut": [0, 0, 0]}
 
 # %% ../../nbs/library/data/05_prepare.ipynb #73b1ab67
-def _finish(ids: tuple, row: int, weights: dict, spec: dict) -> dict:
+def _why_identical(chosen: list[int], rejected: list[int]) -> str:
+    "Why two responses that were written differently are the same in the end."
+    return "identical once tokenised" if chosen == rejected else "identical once truncated"
+
+
+def _finish(ids: tuple, row: int, weights: dict, spec: dict, shorten: Callable | None = None) -> dict:
     "One prepared row: truncated ids and weights, what was cut, and why it is unusable (or an empty string)."
     prompt, chosen, rejected = ids
     weights = {name: check_weights(weights[name], response, name)
                for name, response in zip(WEIGHTS, (chosen, rejected), strict=True) if name in weights}
     kept, room = fit_pair(prompt, chosen, rejected, spec["max_length"],
-                          max_prompt_length=spec["max_prompt_length"], begin=spec["begin"])
+                          max_prompt_length=spec["max_prompt_length"], begin=spec["begin"], shorten=shorten)
     short = [cut_response(response, room) for response in (chosen, rejected)]
     sizes = [len(part) for part in (kept, *short)]
     return {"prompt_ids": kept, "chosen_ids": short[0], "rejected_ids": short[1], "row": row, "size": sizes,
             "cut": [len(full) - size for full, size in zip(ids, sizes, strict=True)],
-            "why": "identical once truncated" if short[0] == short[1] else "",
+            "why": _why_identical(*ids[1:]) if short[0] == short[1] else "",
             **{name: cut_response(values, room) for name, values in weights.items()}}
 
 # %% ../../nbs/library/data/05_prepare.ipynb #1600a35a
 def _read_pair(pair: dict, tokenizer: Any, spec: dict) -> tuple:
-    "Why a raw row is unusable (or None), its texts (or None), and its ids (or None: not a chat)."
+    "Why a raw row is unusable (or None), its texts (or None), and, of a chat, its ids and how to shorten its prompt."
     parts = split_pair(pair)
     why = why_unusable(*parts)
-    if why or isinstance(parts[0], str): return why, parts, None
+    if why or isinstance(parts[0], str): return why, parts, None, None
     prompt, chosen, rejected = parts
     tools = row_tools(pair)
     options = {**(spec["chat_template_kwargs"] or {}), **({"tools": tools} if tools else {})}
     prompt_ids, chosen_ids = encode_chat(prompt, chosen, tokenizer, options)
     _, rejected_ids = encode_chat(prompt, rejected, tokenizer, options)
-    return None, None, (prompt_ids, chosen_ids, rejected_ids)
+    shorten = partial(shorten_chat, prompt, tokenizer=tokenizer, options=options)
+    return None, None, (prompt_ids, chosen_ids, rejected_ids), shorten
 
 
 def _named(call: Callable[[], Any], name: str, row: int) -> Any:
@@ -69,14 +84,15 @@ def encode_batch(batch: dict[str, list], rows: list[int], tokenizer: Any, spec: 
     pairs = [dict(zip(batch, values, strict=True)) for values in zip(*columns, strict=True)]
     read = [_named(partial(_read_pair, pair, tokenizer, spec), spec["name"], row)
             for pair, row in zip(pairs, rows, strict=True)]
-    encoded = iter(encode_texts([texts for why, texts, ids in read if not why and not ids], tokenizer))
+    encoded = iter(encode_texts([texts for why, texts, ids, _ in read if not why and not ids], tokenizer))
     done = []
-    for pair, row, (why, _, ids) in zip(pairs, rows, read, strict=True):
+    for pair, row, (why, _, ids, shorten) in zip(pairs, rows, read, strict=True):
         weights = {name: pair[name] for name in WEIGHTS if name in pair}
         if why:
             done.append({**_EMPTY, **dict.fromkeys(weights, []), "row": row, "why": why})
         else:
-            done.append(_named(partial(_finish, ids or next(encoded), row, weights, spec), spec["name"], row))
+            finish = partial(_finish, ids or next(encoded), row, weights, spec, shorten)
+            done.append(_named(finish, spec["name"], row))
     return {column: [prepared[column] for prepared in done] for column in done[0]}
 
 # %% ../../nbs/library/data/05_prepare.ipynb #780e82f2

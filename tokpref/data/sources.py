@@ -7,7 +7,9 @@ __all__ = ['LOADERS', 'hh_pair', 'tldr_pair', 'chat_pair', 'qa_pair', 'to_messag
            'load_texts', 'source_note', 'shows_examples', 'code_digest', 'load_preferences']
 
 # %% ../../nbs/library/data/03_sources.ipynb #4a23d596
+import csv
 import dataclasses
+import gzip
 import hashlib
 import logging
 import os
@@ -138,7 +140,13 @@ def data_root() -> Path | None:
                             "set it to one laid out like the hub, or unset it")
 
 # %% ../../nbs/library/data/03_sources.ipynb #db25e289
-_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv"}
+_NAMED = ".jsonl, .json, .csv, .tsv or .parquet, gzipped or not"
+
+
+def _suffix(path: Path) -> str:
+    "What the kind of a file is known by."
+    return Path(path.name.removesuffix(".gz")).suffix
 
 
 def _split_name(split: str) -> tuple[str, str]:
@@ -147,14 +155,37 @@ def _split_name(split: str) -> tuple[str, str]:
     return name, bracket + rest
 
 
+def _as_text(path: Path) -> dict:
+    "How to read a table of comma- or tab-separated values so that every cell is the text that stands there."
+    mark = "\t" if _suffix(path) == ".tsv" else ","
+    opened = gzip.open(path, "rt", encoding="utf-8-sig") if path.suffix == ".gz" else path.open(encoding="utf-8-sig")
+    with opened as file: columns = next(csv.reader(file, delimiter=mark), [])
+    if not columns: raise ValueError("the file has no rows")
+    features = datasets.Features(dict.fromkeys(columns, datasets.Value("string")))
+    return dict(sep=mark, features=features, keep_default_na=False, encoding="utf-8-sig")
+
+
+def _readable(rows: Dataset) -> Dataset:
+    "The rows themselves. Raises `ValueError` for a row that holds bytes which are not UTF-8."
+    try: rows.data.table.validate(full=True)
+    except ValueError:
+        for row in range(len(rows)):
+            try: rows[row]
+            except UnicodeDecodeError as e:
+                raise ValueError(f"row {row} is not written in UTF-8 ({e.reason}): save the file in UTF-8") from None
+        raise
+    return rows
+
+
 def _open_file(path: Path, split: str) -> Dataset:
     "The rows of one file, or a slice of them."
     if not path.is_file(): raise FileNotFoundError(f"no file {path}")
     name, rest = _split_name(split)
     if name != "train" and not re.search(rf"(?<![A-Za-z0-9]){re.escape(name)}(?![A-Za-z0-9])", path.name):
         raise ValueError(f"a file is one split: pass split='train{rest}', or a file with {name!r} in its name")
-    suffix = Path(path.name.removesuffix(".gz")).suffix
-    return load_dataset(_FORMATS[suffix], data_files=str(path), split="train" + rest)
+    kind = _FORMATS[_suffix(path)]
+    options = _as_text(path) if kind == "csv" else {}
+    return _readable(load_dataset(kind, data_files=str(path), split="train" + rest, **options))
 
 # %% ../../nbs/library/data/03_sources.ipynb #b1ca9cf3
 def _open_folder(folder: Path, split: str, loader: Loader) -> Dataset:
@@ -187,7 +218,9 @@ def _open_hub(source: str, split: str, loader: Loader, root: Path | None) -> Dat
 def _open(source: str, split: str, loader: Loader) -> Dataset:
     "The raw split of a file, of a local folder, or of a hub dataset, in this order."
     path, root = Path(source).expanduser(), data_root()
-    if Path(path.name.removesuffix(".gz")).suffix in _FORMATS and not path.is_dir():
+    if path.is_file() and _suffix(path) not in _FORMATS:
+        raise ValueError(f"cannot read a {_suffix(path) or 'file without a suffix'}: a file must be {_NAMED}")
+    if _suffix(path) in _FORMATS and not path.is_dir():
         check_unused(False, "a file is one table", config=(loader.config, None), data_dir=(loader.data_dir, None))
         return _open_file(path, split)
     name, rest = _split_name(split)
@@ -198,7 +231,7 @@ def _open(source: str, split: str, loader: Loader) -> Dataset:
 
 # %% ../../nbs/library/data/03_sources.ipynb #a661d110
 def load_texts(
-    source: str | Path,         # alias, hub id, folder, or .jsonl, .json, .parquet file, gzipped or not
+    source: str | Path,         # alias, hub id, folder, or .jsonl, .json, .csv, .tsv, .parquet file
     split: str = "train",       # or a slice such as "train[:100]"
     config: str | None = None,  # configuration; None: the loader's
     data_dir: str | None = None,    # folder inside the dataset; None: the loader's
@@ -212,7 +245,9 @@ def load_texts(
     try: return _open(str(source), split, loader)
     except StopIteration: raise ValueError(f"{source}, split {split!r}: the file has no rows") from None
     except (ValueError, DatasetGenerationError) as e:
-        raise ValueError(f"{source}, split {split!r}: {str(e.__cause__ or e).splitlines()[0]}") from None
+        reason = str(e.__cause__ or e).splitlines()[0]
+        if "corresponds to no data" in reason: reason = "the file has no rows"
+        raise ValueError(f"{source}, split {split!r}: {reason}") from None
 
 # %% ../../nbs/library/data/03_sources.ipynb #2bb336e4
 _log = logging.getLogger(__name__)
@@ -271,7 +306,7 @@ def _chat_features(raw: Dataset) -> datasets.Features:
 
 # %% ../../nbs/library/data/03_sources.ipynb #91a14e46
 def load_preferences(
-    source: str | Path,         # alias, hub id, folder, or .jsonl, .json, .parquet file, gzipped or not
+    source: str | Path,         # alias, hub id, folder, or .jsonl, .json, .csv, .tsv, .parquet file
     split: str = "train",       # or a slice such as "train[:100]"
     config: str | None = None,  # configuration; None: the loader's
     data_dir: str | None = None,    # folder inside the dataset, such as "harmless-base"

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['PAD_MEND', 'check_tokenizer', 'continue_ids', 'begin_ids', 'encode_texts', 'render_chat', 'encode_chat', 'cut_prompt',
-           'cut_response', 'fit_pair', 'check_lengths', 'check_weights']
+           'cut_response', 'shorten_chat', 'fit_pair', 'check_lengths', 'check_weights']
 
 # %% ../../nbs/library/data/01_tokens.ipynb #3d9c1724
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -20,7 +21,16 @@ def check_tokenizer(
     model: Any = None,  # if given, its embedding must have a row for every token
     pad: bool = True,   # also ask for a padding token
 ) -> None:
-    "Raise `ValueError`, with the mend, when a tokenizer cannot be used. Padding with the end token is fine."
+    """Raise `ValueError`, with the mend, when a tokenizer cannot be used, `TypeError` for what is no tokenizer.
+
+    Padding with the end token is fine.
+    """
+    if not (callable(tokenizer) and hasattr(tokenizer, "eos_token_id")):
+        mend = "load one with AutoTokenizer.from_pretrained"
+        if hasattr(tokenizer, "tokenizer"): mend = "pass the tokenizer inside it, processor.tokenizer"
+        if type(tokenizer).__module__.partition(".")[0] == "tokenizers":
+            mend = "wrap it, PreTrainedTokenizerFast(tokenizer_object=...)"
+        raise TypeError(f"a {type(tokenizer).__name__} is no tokenizer of transformers: {mend}")
     if tokenizer.eos_token_id is None:
         raise ValueError("tokenizer has no end token: set tokenizer.eos_token to the token that ends a text")
     if pad and tokenizer.pad_token_id is None:
@@ -123,9 +133,10 @@ def encode_chat(
 
 # %% ../../nbs/library/data/01_tokens.ipynb #bfcf5c8a
 def cut_prompt(ids: list[int], limit: int, begin: list[int]) -> list[int]:
-    "The last `limit` prompt tokens, keeping the begin token if there is one."
+    "The last `limit` prompt tokens, keeping the begin token if there is one that opens nothing but the text."
     if len(ids) <= limit: return ids
-    keep = begin if begin and ids[:1] == begin and limit > 1 else []
+    opens_text = ids[:1] == begin and begin[0] not in ids[1:]       # a token that comes again opens a turn
+    keep = begin if opens_text and limit > 1 else []
     return keep + ids[len(ids) - limit + len(keep):]
 
 
@@ -133,7 +144,48 @@ def cut_response(values: list, limit: int) -> list:
     "The first `limit - 1` entries and the last one, so that the end token (and its weight) stays."
     return values if len(values) <= limit else values[:limit - 1] + values[-1:]
 
+# %% ../../nbs/library/data/01_tokens.ipynb #66a2bead
+_INSTRUCTING = ("system", "developer")      # roles that stand at the head of a chat and stay there
 
+
+def _try_render(messages: list[dict], tokenizer: Any, options: dict | None) -> list[int] | None:
+    "Ids of a conversation with the assistant's header, or None where the template refuses it."
+    try: return render_chat(tokenizer, messages, options, tokenize=True, prompt=True)
+    except ValueError: return None
+
+
+def _shorter_message(message: dict, over: int, tokenizer: Any) -> dict:
+    "A message with about `over` tokens less."
+    text = message["content"]
+    characters = math.ceil(len(text) * over / max(1, len(_plain_ids([text], tokenizer)[0])))
+    instructs = message["role"] in _INSTRUCTING
+    return {**message, "content": text[:max(0, len(text) - characters)] if instructs else text[characters:]}
+
+def shorten_chat(
+    prompt: list[dict],         # messages before the response
+    limit: int,                 # most tokens
+    tokenizer: Any,             # with a chat template
+    options: dict | None,       # more arguments of the chat template
+) -> list[int] | None:          # ids, the assistant's header included; None: the template alone needs more tokens
+    "A chat in at most `limit` tokens: without its oldest turns and, where that is not enough, the rest of a message."
+    head = next((i for i, message in enumerate(prompt) if message["role"] not in _INSTRUCTING), len(prompt))
+    users = [i for i, message in enumerate(prompt) if message["role"] == "user"]
+    kept = prompt
+    for start in users[1:]:
+        ids = _try_render(prompt[:head] + prompt[start:], tokenizer, options)
+        if ids is None: continue
+        if len(ids) <= limit: return ids
+        kept = prompt[:head] + prompt[start:]
+    while (ids := _try_render(kept, tokenizer, options)) is not None:
+        if len(ids) <= limit: return ids
+        sizes = [len(message.get("content") or "") for message in kept]
+        if not any(sizes): return None
+        longest = sizes.index(max(sizes))
+        shorter = _shorter_message(kept[longest], len(ids) - limit, tokenizer)
+        kept = [shorter if i == longest else message for i, message in enumerate(kept)]
+    return None
+
+# %% ../../nbs/library/data/01_tokens.ipynb #715ebb0e
 def fit_pair(
     prompt: list[int],
     chosen: list[int],
@@ -142,11 +194,13 @@ def fit_pair(
     *,
     max_prompt_length: int | None,  # most tokens of the prompt; None: cut it only when the pair does not fit
     begin: list[int],               # the begin token, kept where a prompt is cut
+    shorten: Callable[[int], list[int] | None] | None = None,   # a chat's ids in at most so many tokens, or None
 ) -> tuple[list[int], int]:         # the prompt as it fits beside the longer response, and the room for a response
     "Share `max_length` tokens between the prompt and the longer response."
     longest = max(len(chosen), len(rejected))
     limit = max_prompt_length or max(max_length // 2, max_length - longest)
-    if max_prompt_length or len(prompt) + longest > max_length: prompt = cut_prompt(prompt, limit, begin)
+    too_long = max_prompt_length or len(prompt) + longest > max_length
+    if too_long and len(prompt) > limit: prompt = shorten and shorten(limit) or cut_prompt(prompt, limit, begin)
     return prompt, max_length - len(prompt)
 
 # %% ../../nbs/library/data/01_tokens.ipynb #3538d74c

@@ -25,7 +25,7 @@ from ..metrics import RunningAverages, pair_metrics
 from ..models import disable_dropout, has_adapter, max_positions, reference_of
 from . import setup
 from .card import model_card
-from .config import PreferenceConfig
+from .config import PreferenceConfig, check_streams
 
 # %% ../../nbs/library/training/03_trainer.ipynb #848ece6d
 class PreferenceTrainer(Trainer):
@@ -74,6 +74,8 @@ class PreferenceTrainer(Trainer):
         if args.n_gpu > 1:
             raise ValueError(f"one process sees {args.n_gpu} GPUs: start with torchrun --nproc-per-node {args.n_gpu}, "
                              "or set CUDA_VISIBLE_DEVICES=0")
+        check_streams(self.eval_dataset, args.world_size)
+        self.accelerator.dataloader_config.dispatch_batches = False     # a batch cut along its rows tears pairs apart
         if args.torch_compile: setup.compile_by_layers(self.accelerator, args, policy, self.ref_model)
         setup.check_token_budget(args, self.loss, sharded=self.is_fsdp_enabled or self.is_deepspeed_enabled)
 
@@ -201,6 +203,7 @@ class PreferenceTrainer(Trainer):
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         "As in `transformers.Trainer`; the data may be raw."
         if eval_dataset is None or isinstance(eval_dataset, str): return super().get_eval_dataloader(eval_dataset)
+        check_streams(eval_dataset, self.args.world_size)
         return super().get_eval_dataloader(self.prepare(eval_dataset, name="evaluate"))
 
     def get_test_dataloader(self, test_dataset: Any) -> Any:
