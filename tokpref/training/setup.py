@@ -23,6 +23,7 @@ from accelerate.utils import DynamoBackend
 from datasets import Dataset
 from safetensors.torch import load_file
 from torch import nn
+from torch.utils.data import IterableDataset
 
 from tokpref.models import (
     add_adapter,
@@ -36,6 +37,7 @@ from tokpref.models import (
 )
 
 from ..data import PrepReport, check_tokenizer, prepare
+from ..engine.head import check_language_model
 from ..engine.obstacles import engine_obstacles
 from ..engine.reference import add_ref_logps, cached_ref_logps
 from ..losses import BaselineHead
@@ -65,6 +67,10 @@ def check_arguments(args: object, train_dataset: object, trainer_kwargs: dict[st
     if isinstance(train_dataset, dict):
         raise TypeError(f"train_dataset holds several datasets ({', '.join(train_dataset)}): "
                         f"choose one, such as data[{next(iter(train_dataset), '...')!r}]")
+    strategy = getattr(args, "train_sampling_strategy", "random")
+    if strategy != "random" and isinstance(train_dataset, IterableDataset):
+        raise ValueError(f"train_sampling_strategy={strategy!r} would be ignored: a stream comes in its own order; "
+                         "pass a datasets.Dataset")
     for name, instead in NEVER_CALLED.items():
         if trainer_kwargs.get(name) is not None: raise ValueError(f"{name} would never be called: {instead}")
 
@@ -81,12 +87,16 @@ def check_token_budget(args: PreferenceConfig, loss: Callable, sharded: bool) ->
 
 # %% ../../nbs/library/training/01_setup.ipynb #0eaf8d34
 def check_models(model: nn.Module, ref_model: nn.Module | None = None) -> None:
-    "Raise `ValueError` for non-finite weights, a reference that is the policy itself, or different vocabularies."
+    """Raise `ValueError` for non-finite weights, a reference that is the policy itself, or different vocabularies.
+
+    What is no causal language model at all is a `TypeError`.
+    """
     if ref_model is model:
         raise ValueError("ref_model is the policy itself and would train along: "
                          "leave it out, and a frozen copy is made")
     named = {"policy": model} if ref_model is None else {"policy": model, "reference": ref_model}
     for what, module in named.items():
+        check_language_model(module, what)
         broken = [name for name, weight in module.named_parameters() if not weight.isfinite().all()]
         if broken:
             raise ValueError(f"the {what} has non-finite weights in {broken[0]} ({len(broken)} tensors): "
@@ -123,8 +133,8 @@ def load_models(
     else: policy = model
     reference: nn.Module | None = load_model(ref_model) if isinstance(ref_model, str) else ref_model
     if tokenizer is None: raise ValueError("a tokenizer is needed: pass processing_class=tokenizer")
-    check_tokenizer(tokenizer, base_model(policy))
     check_models(policy, reference)
+    check_tokenizer(tokenizer, base_model(policy))
     if peft_config is not None: policy = add_adapter(policy, peft_config)
     check_trainable(policy)
     return policy, reference, tokenizer
@@ -195,6 +205,8 @@ _SUMS = ("ref_chosen_logps", "ref_rejected_logps")
 
 def _column_names(dataset: Any) -> list[str]:
     if isinstance(dataset, list): return list(dataset[0]) if dataset else []
+    if isinstance(dataset, IterableDataset) and not getattr(dataset, "column_names", None):
+        return list(next(iter(dataset), {}))    # a stream that does not know its columns yet
     return list(getattr(dataset, "column_names", None) or ())
 
 
@@ -232,6 +244,7 @@ def prepare_dataset(
             chat_template_kwargs=template, num_proc=args.dataset_num_proc)
         _tell_dropped(name, reports[name])
     elif isinstance(dataset, list): dataset = Dataset.from_list(dataset)
+    elif isinstance(dataset, Dataset) and dataset.format["type"] != "custom": dataset = dataset.with_format(None)
     if positions and isinstance(dataset, Dataset): check_positions(dataset, positions, name)
     return with_lengths(dataset, args)
 
