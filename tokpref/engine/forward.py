@@ -19,13 +19,16 @@ from torch import Tensor, nn
 
 from ..losses.types import TokenStats
 from ..models import base_model, reference_of
-from .head import Head, gathered, head_agrees, head_obstacle, split_head
+from .head import Head, check_language_model, gathered, head_agrees, head_obstacle, split_head
 
 # %% ../../nbs/library/engine/01_forward.ipynb #0d3f4f02
 def host_batch(batch: dict) -> dict[str, Tensor]:
     "Ids and masks of a batch on the CPU, in one copy. Raises `ValueError` for shapes that differ."
     names = "input_ids", "attention_mask", "completion_mask"
     ids = batch["input_ids"]
+    if "row" in batch and 2 * len(batch["row"]) != len(ids):
+        raise ValueError(f"{len(ids)} rows of ids for {len(batch['row'])} pairs: something cut the batch along rows "
+                         "and tore pairs apart, as accelerate does with dispatch_batches: set dispatch_batches=False")
     for name in names[1:]:
         if batch[name].shape != ids.shape:
             raise ValueError(f"{name} is {tuple(batch[name].shape)}, input_ids is {tuple(ids.shape)}")
@@ -171,6 +174,7 @@ def features(
     positions: tuple[Tensor, Tensor],       # [N] row and column of the states that are wanted
 ) -> Features:
     "One forward pass, and what the model says at N positions."
+    check_language_model(model)
     base, (rows, columns) = base_model(model), positions
     inputs, length = model_inputs(base, batch), batch["input_ids"].shape[1]
     head = split_head(model) if _doubts.get(base) is None else None
