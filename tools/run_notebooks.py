@@ -42,6 +42,7 @@ def run(path: Path) -> None:
         nb,
         timeout=1200,
         kernel_name="python3",
+        coalesce_streams=True,      # what is printed line by line is one output
         resources={"metadata": {"path": str(path.parent)}},
         extra_arguments=["--InlineBackend.figure_formats={'retina'}"],     # two dots a pixel, the size beside them
     ).execute()

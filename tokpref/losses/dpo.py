@@ -15,7 +15,7 @@ from torch import Tensor
 from ..checks import check_known, check_not_negative, check_positive, check_unused
 from .types import LossSpec, PairLoss, TokenStats, check_same_batch, nonempty_lengths
 
-# %% ../../nbs/derivations/02_dpo.ipynb #73c33e17
+# %% ../../nbs/derivations/02_dpo.ipynb #b8789a42
 DIVERGENCES = ("reverse_kl", "forward_kl", "js", "alpha")
 _MAX_EXPONENT = 30.0    # e^30 is about 1e13: past it a slope stays constant and the response gets no gradient
 
@@ -37,7 +37,7 @@ def divergence_slope(
     if f_divergence == "js": return F.logsigmoid(delta) + math.log(2)
     return _expm1((alpha - 1) * delta) / (alpha - 1)
 
-# %% ../../nbs/derivations/02_dpo.ipynb #b569171b
+
 def _check_divergence(f_divergence: str, alpha: float) -> None:
     "Raise `ValueError` for an unknown divergence, an `alpha` that nothing reads, or one that has no formula."
     check_known("f_divergence", f_divergence, DIVERGENCES)
