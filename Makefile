@@ -58,7 +58,7 @@ model: $(VENV)/.base  ## fetch a pretrained model of 135 million weights into mo
 results: $(VENV)/.dev  ## every measured number that a notebook or the README shows is in a file of results/
 	@$(QUIET) $(BIN)/python tools/results.py
 
-site: $(VENV)/.site  ## render the site into _site, without Quarto (needs Node)
+site: $(VENV)/.site  ## render the site into _site (needs Node)
 	@$(BIN)/python tools/build_site.py
 
 test-site: $(VENV)/.site  ## look at every page of the site in a browser (needs Node, chromium and chromium-driver)

@@ -1,6 +1,7 @@
 """Figures: what they show stays inside them, and every colour can be seen on a white page and on a dark one."""
 import doctest
 import math
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pytest
@@ -114,3 +115,16 @@ def test_a_point_that_cannot_be_drawn_is_named():
         with pytest.raises(ValueError, match=message): plots.frontier_plot(bad)
     with pytest.raises(ValueError, match="'accuracy'"):
         plots.compare_figure([{"loss": "dpo", "kl": 1.0, "reward": 0.0}], metric="accuracy")
+
+
+def test_stored_figures_of_pyplot_stand_in_the_same_frame(tmp_path, monkeypatch):
+    import matplotlib
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parent.parent / "tools"))
+    import run_notebooks
+    (tmp_path / "matplotlibrc").write_text(run_notebooks.matplotlib_settings(), encoding="utf-8")
+    read = matplotlib.rc_params_from_file(tmp_path / "matplotlibrc", use_default_template=False)
+    with matplotlib.rc_context(style.FRAME): wanted = {name: matplotlib.rcParams[name] for name in style.FRAME}
+    colored = {name for name in wanted if "color" in name} | {"axes.prop_cycle"}
+    assert set(read) == set(wanted) and all(read[name] == wanted[name] for name in set(wanted) - colored)
+    assert [to_hex(c["color"]).upper() for c in read["axes.prop_cycle"]] == list(style.SPARE_COLORS)
+    for name in colored - {"axes.prop_cycle"}: assert to_hex(read[name]) == to_hex(wanted[name]), name

@@ -1,10 +1,13 @@
 """The site in a real browser, with the network off. Needs Chromium, Node with `npm ci` run in tools/site, and the
-`site` extra: `make test-site`.
+`site` extra: `make test-site`. With TOKPREF_SITE=_site the site that is looked at stays there, to be published;
+with TOKPREF_SHOTS=all every page is photographed into build/site, else a few.
 """
 
 import base64
 import html
 import importlib.util
+import json
+import os
 import re
 import shutil
 import sys
@@ -27,11 +30,17 @@ pytestmark = [
 ]
 
 
+AXE = ROOT / "tools" / "site" / "node_modules" / "axe-core" / "axe.min.js"
+LOOKED_AT = ["index.ipynb", "derivations/02_dpo.ipynb", "library/data/05_prepare.ipynb",
+             "library/training/03_trainer.ipynb", "experiments/tasks/01_sentiment.ipynb"]      # one of each kind
+
+
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
     import build_site
-    folder = tmp_path_factory.mktemp("site")
-    return folder, build_site.build(folder / "html")
+    kept = os.environ.get("TOKPREF_SITE")
+    folder = ROOT / kept if kept else tmp_path_factory.mktemp("site") / "html"
+    return folder, build_site.build(folder)
 
 
 @pytest.fixture(scope="module")
@@ -66,11 +75,11 @@ def show(browser, url: str) -> None:
 
 
 def address(site, page) -> str:
-    return (site[0] / "html" / page.url).as_uri()
+    return (site[0] / page.url).as_uri()
 
 
 def text(site, page) -> str:
-    return (site[0] / "html" / page.url).read_text(encoding="utf-8")
+    return (site[0] / page.url).read_text(encoding="utf-8")
 
 
 def article(site, page) -> str:
@@ -122,8 +131,18 @@ for (const e of document.querySelectorAll('body *')) {
 }
 return [...found.values()]"""
 
-LISTED = """const box = document.querySelector('#chapters [aria-current]').getBoundingClientRect();
-return box.height > 0 && box.bottom <= innerHeight"""
+LISTED = """const box = document.querySelector('#chapters [aria-current="page"]').getBoundingClientRect();
+return box.height > 0 && box.top >= 0 && box.bottom <= innerHeight"""
+UNMARKED = """    // what scrolls sideways without a mark on its box, or cannot be reached with the keyboard
+return [...document.querySelectorAll('article *')].filter(e => {
+  if (!e.clientWidth || e.scrollWidth <= e.clientWidth + 2) return false;
+  if (!/auto|scroll/.test(getComputedStyle(e).overflowX)) return false;
+  const mark = e.closest('.box') && getComputedStyle(e.closest('.box'), '::after');
+  return !mark || mark.content === 'none' || mark.position !== 'absolute' || e.tabIndex !== 0;
+}).map(e => e.outerHTML.slice(0, 80))"""
+SMALL = """    // pictures whose letters of 8 points are below 9 pixels: drawn for `width` pixels at 100 an inch
+return [...document.images].filter(i => i.style.getPropertyValue('--wide') && i.getClientRects().length)
+  .filter(i => i.getBoundingClientRect().width / i.getAttribute('width') * 800 / 72 < 9).map(i => i.src)"""
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +150,7 @@ def visits(site, browser):
     "What a browser sees of each page, in one visit: light and dark at 1400 pixels, then as a phone."
     seen = {}
     for page in site[1]:
+        shot = page.source in LOOKED_AT or os.environ.get("TOKPREF_SHOTS") == "all"
         width(browser, 1400)
         show(browser, address(site, page))
         see = seen[page.source] = {
@@ -139,15 +159,19 @@ def visits(site, browser):
             ),
             "prose": browser.execute_script(PROSE),
             "listed": browser.execute_script(LISTED),
+            "unmarked": browser.execute_script(UNMARKED),
             "pale": {},
         }
         for theme in ("dark", "light"):
             browser.execute_script("document.documentElement.dataset.theme = arguments[0]", theme)
             see["pale"][theme] = browser.execute_script(PALE)
-            shoot(browser, page, theme)
+            if shot: shoot(browser, page, theme)
         width(browser, 375, mobile=True)
         see["narrow"] = browser.execute_script("return Math.max(innerWidth, document.documentElement.scrollWidth)")
-        shoot(browser, page, "phone")
+        browser.execute_async_script("requestAnimationFrame(() => setTimeout(arguments[0], 30))")   # boxes are measured
+        see["unmarked"] += browser.execute_script(UNMARKED)
+        see["small"] = browser.execute_script(SMALL)
+        if shot: shoot(browser, page, "phone")
         see["log"] = [entry["message"] for entry in browser.get_log("browser")]
     width(browser, 1400)
     return seen
@@ -175,17 +199,25 @@ def test_a_phone_does_not_scroll_sideways(visits):
     for source, see in visits.items(): assert see["narrow"] <= 375, source
 
 
+def test_what_is_cut_is_marked_and_reached_by_keyboard(visits):
+    assert not {source: see["unmarked"] for source, see in visits.items() if see["unmarked"]}
+
+
+def test_letters_in_figures_can_be_read_on_a_phone(visits):
+    assert not {source: see["small"] for source, see in visits.items() if see["small"]}
+
+
 def test_links_and_anchors_resolve(site):
     anchors = {page.url: set(re.findall(r'\bid="([^"]+)"', text(site, page))) for page in site[1]}
     for page in site[1]:
         for target in set(re.findall(r'href="(?!https?:|mailto:|data:)([^"]*)"', text(site, page))):
             path, _, anchor = html.unescape(target).partition("#")
             found = (
-                (site[0] / "html" / page.url).parent.joinpath(path).resolve() if path else site[0] / "html" / page.url
+                (site[0] / page.url).parent.joinpath(path).resolve() if path else site[0] / page.url
             )
             assert found.exists(), f"{page.source}: {target} leads nowhere"
             if anchor and found.suffix == ".html":
-                assert unquote(anchor) in anchors[found.relative_to((site[0] / "html").resolve()).as_posix()], (
+                assert unquote(anchor) in anchors[found.relative_to(site[0].resolve()).as_posix()], (
                     f"{page.source}: no anchor {target}"
                 )
 
@@ -201,14 +233,31 @@ def test_every_figure_says_what_it_shows(site):
         assert not re.findall(r'<img(?![^>]*\balt="[^"]+")[^>]*>', text(site, page)), page.source
 
 
-def test_search_finds(site, browser):
+def found_first(browser, words: str) -> str:
+    "Where the first hit of a search leads."
     from selenium.webdriver.support.ui import WebDriverWait
+    query = browser.find_element("id", "query")
+    query.clear()
+    browser.execute_script("document.getElementById('results').replaceChildren()")
+    query.send_keys(words)
+    WebDriverWait(browser, 30).until(lambda b: b.find_elements("css selector", "#results > *"))
+    return browser.find_element("css selector", "#results a").get_attribute("href")
+
+
+def test_search_finds_what_a_person_means(site, browser):
     show(browser, address(site, site[1][0]))
-    browser.find_element("id", "query").send_keys("TDPO2")
-    links = WebDriverWait(browser, 30).until(lambda b: b.find_elements("css selector", "#results a"))
-    found = [a.get_attribute("href") for a in links]
-    assert any("tdpo" in href for href in found)
-    show(browser, found[0])
+    pages = {page.url for page in site[1]}
+    for words, wanted in (
+        ("tdpo2", "use.html" if "use.html" in pages else "derivations/tdpo.html"),
+        ("adpo", "derivations/adpo.html"), ("two optima", "derivations/token_mdp.html"),
+        ("sentiment", "experiments/tasks/sentiment.html"),
+        ("model card", "library/training/card.html"), ("command line", "library/cli/commands.html"),
+        ("win rate", "library/evaluation/judging.html"), ("dpo_loss", "derivations/dpo.html#dpo_loss"),
+    ):
+        assert found_first(browser, words).endswith(f"/{wanted}"), (words, found_first(browser, words))
+    said = [small.text for small in browser.find_elements("css selector", "#results small")]
+    assert said and not [text for text in said if re.search(r"[_={}]|\w\(", text)], "excerpts are prose"
+    show(browser, found_first(browser, "adpo"))
     assert not browser.get_log("browser")
 
 
@@ -271,10 +320,17 @@ def test_the_keyboard_reaches_everything(site, browser):
 
 def test_code_can_be_copied(site, browser):
     show(browser, address(site, site[1][0]))
-    blocks, buttons = (
-        len(browser.find_elements("css selector", s)) for s in ("div.sourceCode", "div.sourceCode > button.copy")
-    )
+    blocks, buttons = (len(browser.find_elements("css selector", s)) for s in (".box.code", ".box.code > button.copy"))
     assert blocks == buttons > 0
+    page = next(page for page in site[1] if page.source == "derivations/02_dpo.ipynb")
+    show(browser, address(site, page))
+    copied = browser.execute_script("""
+        Object.defineProperty(navigator, 'clipboard', {value: {writeText: async text => { window.copied = text }}});
+        for (const fold of document.querySelectorAll('details')) fold.open = true;
+        document.querySelectorAll('.copy')[1].click();
+        return [window.copied, document.querySelectorAll('.box.code code')[1].textContent]""")
+    shown = [cell.source.rstrip() for cell in page.cells if cell.cell_type == "code"]
+    assert copied[0] == copied[1] and copied[0].rstrip() in shown, "what is copied is the cell, line by line"
 
 
 def test_print_is_dark_on_white_and_without_menus(site, browser):
@@ -292,7 +348,7 @@ def test_print_is_dark_on_white_and_without_menus(site, browser):
 
 def test_machines_find_every_page(site):
     import xml.etree.ElementTree as xml
-    folder, pages = site[0] / "html", site[1]
+    folder, pages = site
     home = "https://tokpref.github.io/tokpref"
     urls = [f"{home}/{page.url}" for page in pages]
     assert [
@@ -334,28 +390,6 @@ def test_pages_are_complete(site):
         ), "nothing is fetched"
 
 
-@pytest.mark.skipif(
-    not (ROOT / "_docs" / "index.html").exists(), reason="there is no _docs: made by nbdev_docs, with Quarto"
-)
-def test_quarto_renders_the_same(site):
-    strip = lambda html_: " ".join(html.unescape(re.sub(r"<[^>]+>", "", html_)).split())
-    for page in site[1]:
-        theirs, ours = (
-            re.search(r"<main.*?</main>", (ROOT / "_docs" / page.url).read_text(encoding="utf-8"), re.S)[0],
-            article(site, page),
-        )
-        facts = [
-            {
-                "headings": [strip(h) for h in re.findall(r"<h2[^>]*>(.*?)</h2>", body, re.S)],
-                "equations": len(re.findall(r'class="math display"', body)),
-                "figures": len(re.findall(r'<img(?![^>]*src="https?:)', body)),
-                "links": {link for link in re.findall(r'href="(https?://(?!tokpref\.github)[^"]+)"', body)},
-            }
-            for body in (ours, theirs)
-        ]
-        assert facts[0] == facts[1], page.source
-
-
 @pytest.mark.parametrize("fold, closed", [("true", True), ("show", False)])
 def test_a_folded_cell_is_closed_and_says_what_is_in_it(fold, closed):
     import build_site
@@ -381,3 +415,232 @@ def test_a_notebook_that_breaks_the_site_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(build_site, "ROOT", tmp_path)
     with pytest.raises(build_site.SiteError, match="nbs/01_page.ipynb: AttributeError: .*no_such_name"):
         build_site.process_notebooks()
+
+
+def phone(browser, site, source: str) -> None:
+    "A page as a phone shows it."
+    width(browser, 375, mobile=True)
+    show(browser, address(site, next(page for page in site[1] if page.source == source)))
+
+
+def settled(browser, script: str, seconds: float = 10):
+    "Waits until a script returns something true, and returns that."
+    from selenium.webdriver.support.ui import WebDriverWait
+    return WebDriverWait(browser, seconds).until(lambda b: b.execute_script(script))
+
+
+def test_the_menu_of_a_phone_opens_where_the_reader_is(site, browser):
+    phone(browser, site, "derivations/02_dpo.ipynb")
+    try:
+        browser.execute_script("scrollTo(0, document.documentElement.scrollHeight / 2)")
+        before = browser.execute_script("return scrollY")
+        browser.find_element("id", "menu").click()
+        box = browser.execute_script(
+            "const r = document.getElementById('chapters').getBoundingClientRect(); return [r.top, r.bottom, r.width]"
+        )
+        assert 0 < box[0] < 80 and box[1] == 900 and box[2] == 375, "it lies over the page, below the bar"
+        assert browser.execute_script("return scrollY") == before > 1000
+        first = browser.find_element("css selector", ".here li a")
+        assert first.is_displayed() and first.location["y"] - before < 300, "the page's contents come first"
+        first.click()
+        settled(browser, "return !document.getElementById('chapters').classList.contains('open')")
+        assert browser.execute_script("return scrollY") < before, "a tap on them leads there and closes the menu"
+    finally: width(browser, 1400)
+
+
+BROKEN_LINES = """    // lines of code that lost their indentation, or that are broken inside a run without spaces
+const found = [], one = parseFloat(getComputedStyle(document.querySelector('.line')).lineHeight);
+for (const line of document.querySelectorAll('.line')) {
+  const text = line.firstChild && document.createTreeWalker(line, NodeFilter.SHOW_TEXT);
+  if (!text || !line.getClientRects().length) continue;
+  let flat = '', places = [];
+  for (let node; node = text.nextNode();)
+    for (let i = 0; i < node.length; i++) { flat += node.data[i]; places.push([node, i]); }
+  const at = (i) => {
+    const range = document.createRange(), [node, place] = places[i];
+    range.setStart(node, place);
+    range.setEnd(node, place + 1);
+    return range.getBoundingClientRect();
+  };
+  const start = flat.search(/\\S/);
+  if (start < 0) continue;
+  const letter = at(start), pre = line.closest('pre'), margin = parseFloat(getComputedStyle(pre).paddingLeft);
+  const shift = letter.left - pre.getBoundingClientRect().left - margin - start * letter.width;
+  const runs = line.getBoundingClientRect().height > one * 1.5 ? [...flat.matchAll(/\\S+/g)] : [];
+  const broken = runs.some(m => at(m.index + m[0].length - 1).top - at(m.index).top > 2);
+  const hung = runs.every(m => at(m.index).left >= letter.left - 1);
+  if (Math.abs(shift) > 2 || broken || !hung) found.push(flat);
+}
+return found"""
+
+
+@pytest.mark.parametrize("pixels", [375, 1400])
+def test_code_keeps_its_indentation_and_its_words(site, browser, pixels):
+    width(browser, pixels, mobile=pixels < 1000)
+    try:
+        for source in ("derivations/02_dpo.ipynb", "library/training/03_trainer.ipynb"):
+            show(browser, address(site, next(page for page in site[1] if page.source == source)))
+            browser.execute_script("for (const fold of document.querySelectorAll('details')) fold.open = true")
+            assert not browser.execute_script(BROKEN_LINES)[:3], source
+    finally: width(browser, 1400)
+
+
+def test_reasons_of_a_proof_stand_below_its_lines_on_a_phone(site, browser):
+    count = "return [...document.querySelectorAll(arguments[0])].filter(e => e.getClientRects().length).length"
+    phone(browser, site, "derivations/01_objective.ipynb")
+    try: assert not browser.execute_script(count, ".wide") and browser.execute_script(count, ".narrow") > 3
+    finally: width(browser, 1400)
+    assert browser.execute_script(count, ".wide") > 3 and not browser.execute_script(count, ".narrow")
+
+
+def test_a_chain_of_lines_becomes_narrow():
+    from site_html import narrow
+    chain = (
+        r"\begin{aligned} a &= \frac{b & c}{d} && \text{why \& how} \\[2pt] "
+        r"&= \begin{cases} 1 & 2 \\ 3 & 4 \end{cases} \end{aligned} \tag{3}"
+    )
+    assert narrow(chain) == (
+        r"\begin{aligned}& a \\ & \quad = \frac{b & c}{d} \\ & \qquad {\small \text{why \& how}} \\ "
+        r"& \quad = \begin{cases} 1 & 2 \\ 3 & 4 \end{cases}\end{aligned} \tag{3}"
+    )
+    assert narrow(r"a = b") is None and narrow(r"x = \begin{aligned} a &= b \end{aligned}") is None
+
+
+def test_folded_checks_open_by_keyboard(site, browser):
+    from selenium.webdriver import ActionChains, Keys
+    page = next(page for page in site[1] if page.source == "derivations/02_dpo.ipynb")
+    show(browser, address(site, page))
+    folds = browser.find_elements("css selector", "details.source")
+    assert [fold for fold in folds if fold.text.startswith("Check")] and not any(f.get_attribute("open") for f in folds)
+    browser.execute_script("arguments[0].querySelector('summary').focus()", folds[0])
+    ActionChains(browser).send_keys(Keys.ENTER).perform()
+    settled(browser, "return document.querySelector('details.source').open")
+    assert folds[0].find_element("css selector", "pre").is_displayed()
+
+
+TOLD = [("import math\nfrom a import b", "Imports"), ("assert a == b\nassert_close(a, b)", "Check"),
+        ("# sums are one\nfor p in ps: assert_close(p.sum(), 1.0)", "Check: sums are one"),
+        ("for bad in (f, g):\n    try: bad()\n    except ValueError as e: print(e)", "Check: what is refused"),
+        ("with raises(ValueError): f()", "Check"), ("x = f(3)\nprint(x)", ""), ("x = 3\nassert x", "Check")]
+
+
+@pytest.mark.parametrize("source, said", TOLD)
+def test_cells_that_the_story_can_do_without_are_told_by_their_code(source, said):
+    import nbformat
+    from site_cells import Page, told_by_its_code
+    assert told_by_its_code(Page("library/00_page.ipynb", ""), nbformat.v4.new_code_cell(source)) == said
+
+
+def test_words_are_explained_by_pointing_keyboard_and_tap(site, browser):
+    from selenium.webdriver import ActionChains, Keys
+    shown = "const m = document.getElementById('meaning'); return m && !m.hidden && m.textContent"
+    page = next(page for page in site[1] if page.source == "derivations/02_dpo.ipynb")
+    show(browser, address(site, page))
+    term = browser.find_element("css selector", ".term")
+    said = browser.execute_script("return document.getElementById(arguments[0].dataset.word).textContent", term)
+    assert len(said) > 20 and not browser.execute_script(shown)
+    ActionChains(browser).move_to_element(term).perform()
+    assert settled(browser, shown) == said
+    ActionChains(browser).send_keys(Keys.ESCAPE).perform()
+    settled(browser, f"return !(() => {{ {shown} }})()")
+    browser.execute_script("arguments[0].focus({focusVisible: true})", term)
+    assert settled(browser, shown) == said and term.get_attribute("aria-expanded") == "true"
+    ActionChains(browser).send_keys(Keys.TAB).perform()
+    assert browser.execute_script("return document.activeElement.closest('#meaning') !== null"), "its link comes next"
+    ActionChains(browser).send_keys(Keys.ESCAPE).perform()
+    assert browser.execute_script("return document.activeElement") == term
+    phone(browser, site, "derivations/02_dpo.ipynb")
+    try:
+        term = browser.find_element("css selector", ".term")
+        browser.execute_script("arguments[0].scrollIntoView({block: 'center'}); arguments[0].click()", term)
+        assert settled(browser, shown) == said
+        box = browser.execute_script(
+            "const r = document.getElementById('meaning').getBoundingClientRect(); return [r.left, r.right]"
+        )
+        assert box[0] >= 0 and box[1] <= 375
+    finally: width(browser, 1400)
+
+
+def test_sliders_say_their_value(site, browser):
+    page = next(page for page in site[1] if page.source == "derivations/02_dpo.ipynb")
+    show(browser, address(site, page))
+    for slider in browser.find_elements("css selector", "figure.slides input"):
+        shown = browser.execute_script("return arguments[0].labels[0].textContent", slider)
+        assert shown and not re.search("alpha|beta|lam", shown) and slider.size["height"] >= 24
+        browser.execute_script("arguments[0].value = 0; arguments[0].dispatchEvent(new Event('input'))", slider)
+        assert slider.get_attribute("aria-valuetext") == json.loads(slider.get_attribute("data-said"))[0]
+
+
+def test_the_palette_can_be_seen_as_the_pages_show_it(site, browser):
+    from tokpref.plots.style import LEVEL, LOSS_STYLES, SPARE_COLORS
+    colors = [*(color for color, _ in LOSS_STYLES.values()), *SPARE_COLORS, LEVEL]
+    show(browser, address(site, next(page for page in site[1] if page.figures)))
+    found = browser.execute_script("""
+        const linear = v => (v /= 255) <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4;
+        const seen = (color, filter) => {
+          const canvas = document.createElement('canvas').getContext('2d');
+          [canvas.filter, canvas.fillStyle] = [filter, color];
+          canvas.fillRect(0, 0, 9, 9);
+          const [r, g, b] = [...canvas.getImageData(4, 4, 1, 1).data].map(linear);
+          return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+        };
+        const image = document.querySelector('article img'), weak = [];
+        for (const theme of ['light', 'dark']) {
+          document.documentElement.dataset.theme = theme;
+          const filter = getComputedStyle(image).filter, paper = seen('#fff', filter);
+          for (const color of arguments[0]) {
+            const [low, high] = [paper, seen(color, filter)].sort((a, b) => a - b);
+            if ((high + 0.05) / (low + 0.05) < 3) weak.push([theme, color, (high + 0.05) / (low + 0.05)]);
+          }
+        }
+        return weak""", colors)
+    assert not found
+
+
+def test_no_chapter_number_stands_twice(site):
+    numbers = [match[1] for page in site[1] if (match := re.match(r"(\d+)\b", page.title))]
+    assert numbers and len(numbers) == len(set(numbers))
+
+
+def test_every_paper_is_linked(site):
+    for page in site[1]:
+        left_out = r"<a\b.*?</a>|<script.*?</script>|<summary.*?</summary>|<h[123].*?</h[123]>"
+        told = re.sub(r"<[^>]+>", "", re.sub(left_out, "", article(site, page), flags=re.S))
+        assert not re.findall(r"arXiv[:\s]+\d{4}\.\d{4,5}|arxiv\.org/abs/\S+", told, re.I), page.source
+
+
+def test_headings_have_anchors_and_figures_numbers(site):
+    for page in site[1]:
+        body = article(site, page)
+        ids = re.findall(r'<h[23][^>]* id="([^"]+)"', body)
+        assert ids == re.findall(r'class="anchor" href="#([^"]+)"', body), page.source
+        numbers = re.findall(r"<figcaption><b>Figure (\d+)\.</b>", body)
+        assert numbers == [str(i + 1) for i in range(body.count("<figure"))], page.source
+
+
+def test_a_lost_reader_is_helped(site):
+    lost = (site[0] / "404.html").read_text(encoding="utf-8")
+    targets = re.findall(r'(?:href|src)="(?!https?:|#)([^"]*)"', lost)
+    assert targets and all(target.startswith("/tokpref/") for target in targets), "it is shown at any depth"
+    assert all((site[0] / target.removeprefix("/tokpref/").partition("#")[0]).exists() for target in targets)
+
+
+def test_axe_finds_nothing(site, browser):
+    script = AXE.read_text(encoding="utf-8")
+    wrong = {}
+    try:
+        for page in site[1]:
+            if page.source not in LOOKED_AT: continue
+            for mode, pixels, theme in (("light", 1400, "light"), ("dark", 1400, "dark"), ("phone", 375, "light")):
+                width(browser, pixels, mobile=pixels < 1000)
+                if mode != "dark":
+                    show(browser, address(site, page))
+                    browser.execute_script(script)
+                browser.execute_script("document.documentElement.dataset.theme = arguments[0]", theme)
+                found = browser.execute_async_script(
+                    "const done = arguments[0]; axe.run({resultTypes: ['violations']}).then(r => done(r.violations.map("
+                    "v => [v.id, v.nodes.length, v.nodes[0].html.slice(0, 150)])), e => done([String(e)]))"
+                )
+                if found: wrong[page.source, mode] = found
+    finally: width(browser, 1400)
+    assert not wrong

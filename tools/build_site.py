@@ -1,71 +1,51 @@
-"""Render the site without Quarto: `python tools/build_site.py [folder]` (default _site), or `make site`.
+"""Render the site: `python tools/build_site.py [folder]` (default _site), or `make site`.
 
-Takes what Quarto would take, the notebooks as `nbdev_proc_nbs` leaves them and `_quarto.yml`, and writes pages that
-open from disk with no network. pandoc does the Markdown, KaTeX the formulas (as HTML, once, here), MiniSearch the
-search. Where Quarto is installed, `nbdev_docs` renders the same pages.
+Takes the notebooks as `nbdev_proc_nbs` leaves them and `_quarto.yml`, and writes pages that open from disk with no
+network. site_cells.py makes one Markdown text of a notebook, pandoc HTML of that, site_html.py what is left: KaTeX
+the formulas (as HTML, once, here), Pygments the colours. MiniSearch does the search.
 """
-import base64
-import hashlib
-import html
 import json
+import os
 import posixpath
 import re
 import shutil
-import struct
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jinja2
 import nbformat
 import pypandoc
 import yaml
+from site_cells import Page, code_markdown, kept, page_markdown
+from site_html import (
+    anchor_headings,
+    anchor_words,
+    code_boxes,
+    explain_words,
+    link_papers,
+    names,
+    prose,
+    read_words,
+    typeset,
+)
+
+__all__ = ["Page", "SiteError", "build", "code_markdown", "process_notebooks"]
 
 ROOT = Path(__file__).resolve().parent.parent
 PARTS, MODULES = ROOT / "tools" / "site", ROOT / "tools" / "site" / "node_modules"
 MARKDOWN = "markdown+lists_without_preceding_blankline-implicit_figures-citations-tex_math_single_backslash"
 EQUATION = re.compile(r"\$\$(?P<tex>(?:(?!\$\$).)+?)\$\$[ \t]*\{#(?P<id>eq-[\w-]+)\}", re.S)
-BADGE = re.compile(r"\[!\[([^\]]*)\]\(https://[^)]*badge[^)]*\)\]\(([^)]*)\)")
 CALLOUT = re.compile(
     r"^(:{3,} *\{[^}\n]*\.callout-(\w+)(?:[^}\n]*title=\"([^\"]*)\")?[^}\n]*\})\n+(?:#+ (.*)\n)?", re.M
 )
 REFERENCE = re.compile(r"(?<![\w`@/])@((?:eq|fig|sec|tbl)-[\w-]*\w)")
-INDENT = re.compile(r'(<span id="cb[\d-]+")>(<a [^>]*></a>)( +)')  # a line of code that does not begin at the margin
-LONG = re.compile(r"<td(?=[^>]*>[^\n]{60,}</td>)")      # a cell of a table with a sentence in it
-FORM_TITLE = re.compile(r"^#@title .*\n?", re.M)       # what Colab shows of a closed cell
-DIRECTIVE = re.compile(r"^#\|\s*([\w-]+)\s*:?[ \t]*(.*)\n?", re.M)
+GLOSSARY = "derivations/00_words.ipynb"
 
 
 class SiteError(Exception):
     "Something on a page that a reader would stumble on."
-
-
-@dataclass
-class Page:
-    "A notebook on its way to a page."
-
-    source: str                 # path below nbs/, as in the sidebar
-    section: str                # heading of the sidebar it stands under
-    text: str = ""              # what the sidebar calls it, if not by its title
-    meta: dict = field(default_factory=dict)
-    cells: list = field(default_factory=list)
-    body: str = ""
-    toc: list = field(default_factory=list)     # (level, id, html)
-    figures: dict = field(default_factory=dict) # path below the site -> PNG
-
-    @property
-    def url(self) -> str: return posixpath.join(posixpath.dirname(self.source), self.meta["output-file"])
-
-    @property
-    def title(self) -> str: return self.text or self.meta["title"]
-
-    @property
-    def promise(self) -> str:
-        return re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(self.meta.get("description", ""), quote=False))
-
-    @property
-    def top(self) -> str: return "../" * self.source.count("/")
 
 
 def process_notebooks() -> None:
@@ -106,111 +86,11 @@ def read_pages(site: dict) -> list[Page]:
     for entry in site["sidebar"]["contents"]:
         for item in entry.get("contents", [entry]):
             item = {"href": item} if isinstance(item, str) else item
-            pages.append(Page(item["href"], entry.get("section", ""), item.get("text", "")))
+            pages.append(Page(item["href"], entry.get("section", ""), item.get("text", ""), item.get("keywords", "")))
     for page in pages:
         cells = nbformat.read(ROOT / "_proc" / page.source, as_version=4).cells
         page.meta, page.cells = yaml.safe_load(cells[0].source.strip().strip("-")), cells[1:]
     return pages
-
-
-# From cells to Markdown
-
-def directives(cell) -> dict[str, str]:
-    "The `#| name: value` lines of a code cell, taken out of its source."
-    found = dict(DIRECTIVE.findall(cell.source))
-    cell.source = FORM_TITLE.sub("", DIRECTIVE.sub("", cell.source)).strip("\n")
-    return found
-
-
-def fenced(text: str, attributes: str) -> str:
-    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
-    return f"{fence}{{{attributes}}}\n{text.rstrip()}\n{fence}"
-
-
-def plain(text: str) -> str:
-    "The first sentence of some Markdown, without its markup: what a figure shows, for those who cannot see it."
-    text = re.sub(r"\[?!\[[^\]]*\]\([^)]*\)(\]\([^)]*\))?|\$\$.*?\$\$|^\s*#+.*$|^:::.*$", "", text, flags=re.S | re.M)
-    text = re.sub(r"\[([^\]]*)\]\([^)]*\)|[*_`#>\\]|\$", r"\1", text)
-    return re.split(r"(?<=[.:?!])\s", " ".join(text.split()))[0][:300]
-
-
-def kept(page: Page, data: bytes, suffix: str) -> str:
-    "Keeps a picture as a file of the site, equal ones once; where it is, as seen from the page."
-    name = f"figures/{posixpath.splitext(page.meta['output-file'])[0]}-{hashlib.sha1(data).hexdigest()[:8]}.{suffix}"
-    page.figures[posixpath.join(posixpath.dirname(page.url), name)] = data
-    return name
-
-
-def picture(page: Page, png: str, alt: str) -> str:
-    "An image of a page, at the size it was drawn for."
-    data = base64.b64decode(png)
-    width, height = struct.unpack(">II", data[16:24])
-    source = kept(page, data, "png")
-    size = f'width="{width}" height="{height}"'
-    return f'<p class="figure"><img src="{source}" {size} alt="{html.escape(alt)}" loading="lazy"></p>'
-
-
-def slides(page: Page, figure: str, alt: str) -> str:
-    "A figure with sliders: its frames become files, fetched when they are wanted."
-    figure = re.sub(r"data:image/(\w+);base64,([\w+/=]+)", lambda m: kept(page, base64.b64decode(m[2]), m[1]), figure)
-    return re.sub(r'alt="[^"]*"', f'alt="{html.escape(alt)}"', figure, count=1)
-
-
-def output_markdown(page: Page, output, options: dict, alt: str) -> str:
-    "What one output of a cell looks like on the page."
-    data, alt = output.get("data", {}), options.get("fig-alt", "").strip("\"'") or alt
-    if "text/markdown" in data: return data["text/markdown"]
-    if "class=\"slides\"" in data.get("text/html", ""): return fenced(slides(page, data["text/html"], alt), "=html")
-    if "image/png" in data: return "```{=html}\n" + picture(page, data["image/png"], alt) + "\n```"
-    if "text/html" in data: return "```{=html}\n<div class=\"output\">" + "".join(data["text/html"]) + "</div>\n```"
-    text = "".join(output.get("text", "") or data.get("text/plain", ""))
-    return fenced(text, ".output" if re.search(r"\S {2,}\S|[─|]", text) else ".output .wrap") if text.strip() else ""
-
-
-def exported(page: Page, code: str) -> list[str]:
-    "Source that went into the package: in full where it is the lesson, folded below its documentation elsewhere."
-    found = re.findall(r"^(?:(?:async )?def|class) (\w+)|^(\w+)(?:\[[^]]*\])?(?::[^=\n]*)? =", code, re.M)
-    names = list(dict.fromkeys(a or b for a, b in found))
-    anchors = "".join(
-        f'<span id="{name.lower()}"></span>' for name in names if name.startswith("_")
-    )  # nbdev links to these too
-    if page.source.startswith("derivations"): return [anchors, "::: {.exported title=\"in the package\"}", code, ":::"]
-    said = ", ".join(f"<code>{name}</code>" for name in names) or "these lines"
-    return [anchors, f"<details class=\"source\"><summary>Source of {said}</summary>", code, "</details>"]
-
-
-def folded(options: dict, code: str) -> list[str]:
-    "Code that the story can do without, closed; `#| code-summary` says what is in it."
-    said = html.escape(options.get("code-summary", "").strip("\"'") or "Code")
-    return [f"<details class=\"source\"><summary>{said}</summary>", code, "</details>"]
-
-
-def named(name: str, after) -> str:
-    "In place of a function's documentation: a heading if its source, with all it documents, comes next, or an anchor."
-    return f"### `{name}`" if after is not None and "code-fold: show" in after.source else f"[]{{#{name}}}"
-
-
-def code_markdown(page: Page, cell, before: str, after) -> str:
-    "A code cell: its source, unless it asks not to be shown, and its outputs."
-    shown = re.match(r"show_doc\((\w+)\)", DIRECTIVE.sub("", cell.source))
-    options = directives(cell)
-    if "hide" in options or options.get("include") == "false": return ""
-    if shown and page.source.startswith("derivations"): return named(shown[1], after)
-    parts = [fenced(cell.source, ".python")] if cell.source.strip() and options.get("echo") != "false" else []
-    if options.get("code-fold") == "show" and parts: parts = exported(page, parts[0])
-    if options.get("code-fold") == "true" and parts: parts = folded(options, parts[0])
-    return "\n\n".join([*parts, *(output_markdown(page, o, options, before) for o in cell.outputs)])
-
-
-def page_markdown(page: Page) -> str:
-    "The whole page as one Markdown text."
-    parts, before = [], page.meta["title"]
-    for cell, after in zip(page.cells, [*page.cells[1:], None], strict=True):
-        if cell.cell_type == "markdown":
-            parts.append(BADGE.sub(r"[\1](\2){.badge}", cell.source))      # the picture would have to be fetched
-            before = plain(cell.source) or before
-        elif cell.cell_type == "code": parts.append(code_markdown(page, cell, before, after))
-    return "\n\n".join(part for part in parts if part)
 
 
 # Equations, references, links
@@ -232,6 +112,7 @@ def resolve(page: Page, pages: list[Page], site: dict, markdown: str) -> str:
     joined = "\0".join(text if i % 2 == 0 else f"\1{i}\1" for i, text in enumerate(texts))
     joined = CALLOUT.sub(lambda m: f"{m[1]}\n[{m[4] or m[3] or m[2].capitalize()}]{{.title}}\n\n", joined)
     joined, labels = number_equations(joined)
+    labels |= page.labels
     missing = [label for label in REFERENCE.findall(joined) if label not in labels]
     if missing: raise SiteError(f"{page.source}: @{missing[0]} refers to nothing on this page")
     joined = REFERENCE.sub(lambda m: f"[{labels[m[1]]}](#{m[1]})", joined)
@@ -273,42 +154,17 @@ def headings(body: str) -> list[tuple[int, str, str]]:
     ]
 
 
-def typeset(bodies: list[str]) -> list[str]:
-    "Every formula as HTML, in one run of KaTeX; a formula it cannot read is an error."
-    formula = re.compile(r'<span class="math (inline|display)">(.*?)</span>', re.S)
-    found = [
-        {"tex": html.unescape(tex), "display": kind == "display"}
-        for body in bodies
-        for kind, tex in formula.findall(body)
-    ]
-    stray = next((f["tex"] for f in found if "](#eq-" in f["tex"] or "@eq-" in f["tex"]), None)
-    if stray: raise SiteError(f"a formula cannot hold a reference: {stray}")
-    done = subprocess.run(
-        ["node", PARTS / "katex.mjs"], input=json.dumps(found), capture_output=True, text=True, cwd=PARTS
-    )
-    if done.returncode: raise SiteError(done.stderr.strip())
-    rendered = iter(json.loads(done.stdout))
-    return [formula.sub(lambda m: f'<span class="math {m[1]}">{next(rendered)}</span>', body) for body in bodies]
-
-
-def search_entries(page: Page) -> list[dict]:
-    "One entry a section: where it is and its words."
-    parts = re.split(r'<h[23][^>]* id="([^"]+)"[^>]*>(.*?)</h[23]>', page.body, flags=re.S)
-    words = lambda text: " ".join(
-        html.unescape(
-            re.sub(r"<[^>]+>", " ", re.sub(r'<span class="math.*?</math>.*?</span></span>', " ", text, flags=re.S))
-        ).split()
-    )
+def search_entries(page: Page, raw: str) -> list[dict]:
+    "One entry a section of what pandoc wrote: where it is, what it is called, its sentences, its names of code."
+    parts = re.split(r'<h[23][^>]* id="([^"]+)"[^>]*>(.*?)</h[23]>', raw, flags=re.S)
     sections = [("", "", parts[0]), *zip(parts[1::3], parts[2::3], parts[3::3], strict=True)]
-    return [
-        {
-            "url": page.url + (f"#{id}" if id else ""),
-            "page": page.title,
-            "title": words(heading),
-            "text": words(text)[:4000],
-        }
-        for id, heading, text in sections
-    ]
+    entries = []
+    for id, heading, text in sections:
+        title, entry = prose(heading), {"url": page.url + (f"#{id}" if id else ""), "page": page.title}
+        if id: entry["title"] = title
+        else: entry |= {"promise": page.meta.get("description", ""), "keywords": page.keywords}
+        entries.append(entry | {"text": prose(text)[:3000], "code": names(text)[:3000]})
+    return entries
 
 
 def sidebar(pages: list[Page]) -> list[tuple[str, list[Page]]]:
@@ -329,9 +185,10 @@ def copy_assets(folder: Path) -> None:
     for font in (MODULES / "katex" / "dist" / "fonts").glob("*.woff2"): shutil.copy(font, assets / "fonts")
 
 
-def write_lists(folder: Path, site: dict, pages: list[Page]) -> None:
+def write_lists(folder: Path, site: dict, pages: list[Page], raw: list[str]) -> None:
     "What machines read: the search index, the sitemap, llms.txt."
-    entries = [entry | {"id": i} for i, entry in enumerate(e for page in pages for e in search_entries(page))]
+    found = (entry for page, body in zip(pages, raw, strict=True) for entry in search_entries(page, body))
+    entries = [entry | {"id": i} for i, entry in enumerate(found)]
     (folder / "assets" / "index.js").write_text(
         f"const PAGES = {json.dumps(entries, ensure_ascii=False)};\n", encoding="utf-8"
     )
@@ -346,38 +203,60 @@ def write_lists(folder: Path, site: dict, pages: list[Page]) -> None:
     (folder / "llms.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
+def to_html(markdown: str) -> str:
+    "What pandoc makes of a page."
+    options = ["--katex", "--wrap=none", "--syntax-highlighting=none"]
+    return pypandoc.convert_text(markdown, "html5", MARKDOWN, extra_args=options)
+
+
+def finish(pages: list[Page], raw: list[str]) -> None:
+    "The text of each page and its contents, from what pandoc wrote."
+    for page, body in zip(pages, typeset([code_boxes(body) for body in raw], SiteError), strict=True):
+        page.body, page.toc = link_papers(body), headings(body)
+    glossary = next((page for page in pages if page.source == GLOSSARY), None)
+    words = read_words(glossary.body) if glossary else []
+    for page in pages:
+        if page is glossary: page.body = anchor_words(page.body, words)
+        elif glossary and page.source.startswith("derivations/"):
+            page.body = explain_words(page.body, words, posixpath.basename(glossary.url))
+        page.body = anchor_headings(page.body)
+
+
+def write_pages(folder: Path, site: dict, pages: list[Page]) -> None:
+    "Every page, its figures, and the page for addresses that lead nowhere."
+    parts = [
+        {"text": item["text"], "url": next(p.url for p in pages if p.source == item["href"])}
+        for item in site["navbar"]["left"]
+    ]
+    templates = jinja2.Environment(loader=jinja2.FileSystemLoader(PARTS), autoescape=False)
+    around = {"site": site, "parts": parts, "sidebar": sidebar(pages)}
+    for i, page in enumerate(pages):
+        near = {"before": pages[i - 1] if i else None, "after": pages[i + 1] if i + 1 < len(pages) else None}
+        path = folder / page.url
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(
+            templates.get_template("page.html").render(page=page, top=page.top, **around, **near), encoding="utf-8"
+        )
+        for name, data in page.figures.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(data)
+    home = re.sub(r"^https?://[^/]*", "", site["site-url"]) + "/"       # a lost address can lie in any folder
+    lost = templates.get_template("404.html").render(top=home, **around)
+    (folder / "404.html").write_text(lost, encoding="utf-8")
+
+
 def build(folder: Path) -> list[Page]:
     "The whole site into `folder`, which is emptied first."
     process_notebooks()
     site = site_description()
     pages = read_pages(site)
-    for page in pages:
-        markdown = resolve(page, pages, site, page_markdown(page))
-        body = pypandoc.convert_text(
-            markdown, "html5", MARKDOWN, extra_args=["--katex", "--wrap=none", "--syntax-highlighting=default"]
-        )
-        body = INDENT.sub(lambda m: f'{m[1]} style="--in:{len(m[3])}ch">{m[2]}{m[3]}', body)
-        page.body = LONG.sub('<td class="long"', body)
-    for page, body in zip(pages, typeset([page.body for page in pages]), strict=True):
-        page.body, page.toc = body, headings(body)
+    markdown = [resolve(page, pages, site, text) for page in pages for text in [page_markdown(page)]]
+    with ThreadPoolExecutor(os.cpu_count()) as threads: raw = list(threads.map(to_html, markdown))
+    finish(pages, raw)
     shutil.rmtree(folder, ignore_errors=True)
     copy_assets(folder)
-    parts = [
-        {"text": item["text"], "url": next(p.url for p in pages if p.source == item["href"])}
-        for item in site["navbar"]["left"]
-    ]
-    template = jinja2.Environment(loader=jinja2.FileSystemLoader(PARTS), autoescape=False).get_template("page.html")
-    for i, page in enumerate(pages):
-        around = {"before": pages[i - 1] if i else None, "after": pages[i + 1] if i + 1 < len(pages) else None}
-        path = folder / page.url
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(
-            template.render(page=page, site=site, parts=parts, sidebar=sidebar(pages), **around), encoding="utf-8"
-        )
-        for name, data in page.figures.items():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            (folder / name).write_bytes(data)
-    write_lists(folder, site, pages)
+    write_pages(folder, site, pages)
+    write_lists(folder, site, pages, raw)
     return pages
 
 

@@ -5,6 +5,7 @@ Without arguments every notebook under nbs/ runs. A notebook whose front matter 
 """
 import os
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -24,6 +25,12 @@ QUIET = {
 }
 
 FOLDED = {"cellView": "form", "jupyter": {"source_hidden": True}}     # closed in Colab and in Jupyter as on the site
+
+
+def matplotlib_settings() -> str:
+    "The quiet frame of the package's own figures, as a matplotlibrc: figures made by pyplot are stored in it too."
+    from tokpref.plots.style import FRAME
+    return "".join(f"{name}: {str(value).replace('#', '')}\n" for name, value in FRAME.items())
 
 
 def worth_keeping(output: dict) -> bool:
@@ -60,6 +67,8 @@ def run(path: Path) -> None:
 
 if __name__ == "__main__":
     os.environ.update(QUIET)
-    for path in [Path(p).resolve() for p in sys.argv[1:]] or sorted(ROOT.glob("nbs/**/*.ipynb")):
-        if ".ipynb_checkpoints" not in path.parts:
-            run(path)
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["MATPLOTLIBRC"] = folder
+        (Path(folder) / "matplotlibrc").write_text(matplotlib_settings(), encoding="utf-8")
+        for path in [Path(p).resolve() for p in sys.argv[1:]] or sorted(ROOT.glob("nbs/**/*.ipynb")):
+            if ".ipynb_checkpoints" not in path.parts: run(path)
