@@ -161,6 +161,15 @@ def upright(documentation: str) -> str:
     return re.sub(r"π\*", r"π\\*", found)
 
 
+def joined(outputs: list) -> list:
+    "Outputs with what was printed in several pieces as one."
+    whole: list = []
+    for output in outputs:
+        if whole and output.get("name") and output.get("name") == whole[-1].get("name"): whole[-1].text += output.text
+        else: whole.append(output)
+    return whole
+
+
 def output_markdown(page: Page, output, options: dict, before: str) -> str:
     "What one output of a cell looks like on the page."
     data = output.get("data", {})
@@ -252,7 +261,7 @@ def code_markdown(page: Page, cell, before: str, after) -> str:
     if fold is None: summary = told_by_its_code(page, cell)
     if parts and fold == "show": parts = exported(page, parts[0])
     elif parts and (fold == "true" or summary) and fold != "false": parts = closed(summary or "Code", parts[0])
-    return "\n\n".join([*parts, *(output_markdown(page, o, options, before) for o in cell.outputs)])
+    return "\n\n".join([*parts, *(output_markdown(page, o, options, before) for o in joined(cell.outputs))])
 
 
 def page_markdown(page: Page) -> str:

@@ -75,7 +75,7 @@ def code_boxes(body: str) -> str:
     shown = '<pre class="scroll"><code>{}</code></pre>'.format
     body = CODE.sub(lambda m: boxed(f"code {m[1]}", shown(colored(html.unescape(m[2]), m[1]))), body)
     body = OUTPUT.sub(lambda m: boxed("out", f'<pre class="scroll {m[1]}"><code>{m[2]}</code></pre>'), body)
-    body = PLAIN.sub(lambda m: boxed("code", shown(m[1])), body)
+    body = PLAIN.sub(lambda m: boxed("code plain", shown(colored(html.unescape(m[1]), "text"))), body)
     return TABLE.sub(lambda m: boxed("table", f'<div class="scroll">{sized(m[0])}</div>'), body)
 
 
