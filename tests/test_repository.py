@@ -5,7 +5,6 @@ import importlib
 import inspect
 import itertools
 import json
-import os
 import re
 import shlex
 import shutil
@@ -232,26 +231,18 @@ def test_readme_commands_are_ones_that_tokpref_takes():
     for line in lines: make_parser().parse_args(shlex.split(line, comments=True)[1:])
 
 
-def test_readme_trains(tmp_path, monkeypatch, model, tokenizer):
-    "The snippet as it stands, with a tiny model and two pairs in place of the names that need the network."
-    model.save_pretrained(tmp_path / "model"), tokenizer.save_pretrained(tmp_path / "model")
-    pairs = [
-        {"prompt": "say yes ", "chosen": "yes", "rejected": "no, never"},
-        {"prompt": "say no ", "chosen": "no", "rejected": "yes, often"},
-    ]
-    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)), encoding="utf-8")
-    code = next(block for block in readme_blocks("python") if "PreferenceTrainer(" in block)
-    names = {
-        '"Qwen/Qwen2.5-0.5B-Instruct"': repr(str(tmp_path / "model")),
-        '"ultrafeedback"': repr(str(tmp_path / "pairs.jsonl")),
-    }
-    for known, local in names.items():
-        assert known in code
-        code = code.replace(known, local)
-    monkeypatch.chdir(tmp_path)
-    scope = {}
-    exec(code, scope)
-    assert scope["trainer"].state.global_step > 0
+def test_readme_is_short_and_opens_with_a_model_that_trains():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 80
+    code = dist.quick_start().strip().splitlines()
+    assert len([line for line in code if line]) <= 6 and text.index(code[0]) < text.index("](https:")
+
+
+def test_chapters_of_the_readme_are_pages_of_the_site():
+    pages = {readme.page(path.relative_to(ROOT / "nbs").as_posix()) for path in NOTEBOOKS}
+    links = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", (ROOT / "README.md").read_text(encoding="utf-8"))
+    chapters = [link for link in links if link.startswith("https://tokpref.github.io")]
+    assert len(chapters) >= 3 and set(chapters) <= pages
 
 
 def test_readme_prints_what_the_front_page_prints_today():
@@ -393,12 +384,8 @@ def test_the_wheel_holds_every_module(distributions):
 
 def test_the_quick_start_runs_with_the_wheel_alone(distributions, tmp_path):
     zipfile.ZipFile(distributions[1]).extractall(tmp_path / "installed")
-    (tmp_path / "quick_start.py").write_text(
-        dist.quick_start() + "\nimport tokpref\nprint(tokpref.__file__)\n", encoding="utf-8"
-    )
-    env = os.environ | {"PYTHONPATH": str(tmp_path / "installed")}
-    done = subprocess.run([sys.executable, "quick_start.py"], cwd=tmp_path, env=env, capture_output=True, text=True)
-    assert done.returncode == 0 and str(tmp_path / "installed") in done.stdout, done.stderr
+    where = dist.run_quick_start(Path(sys.executable), tmp_path, PYTHONPATH=str(tmp_path / "installed"))
+    assert where.startswith(str(tmp_path / "installed"))
 
 
 def test_a_chapter_in_colab_has_the_wheel_and_nothing_of_the_checkout(distributions, tmp_path):

@@ -5,6 +5,7 @@ Each is installed into an environment of its own, and the README's quick start r
 `--tag v1.2.3` checks besides that the tag is the version.
 """
 import argparse
+import os
 import re
 import shutil
 import subprocess
@@ -16,9 +17,9 @@ ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = (["--help"], ["data", "--list"])
 
 
-def run(*command: object, cwd: Path = ROOT) -> str:
+def run(*command: object, cwd: Path = ROOT, env: dict[str, str] | None = None) -> str:
     "What a command prints; where it fails, its last lines and the end."
-    done = subprocess.run([str(part) for part in command], cwd=cwd, capture_output=True, text=True)
+    done = subprocess.run([str(part) for part in command], cwd=cwd, env=env, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(
             "\n".join([f"dist: this fails: {command[0]} ...", *(done.stdout + done.stderr).splitlines()[-20:]])
@@ -26,15 +27,50 @@ def run(*command: object, cwd: Path = ROOT) -> str:
     return done.stdout
 
 
+STAND_INS = """
+# Under the names of the README: a model of a few thousand weights, and pairs that it can learn.
+import json
+from pathlib import Path
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+words = "<pad> <end> <user> <assistant> say yes no".split()
+split = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
+split.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+tokenizer = PreTrainedTokenizerFast(tokenizer_object=split, pad_token="<pad>", eos_token="<end>")
+tokenizer.chat_template = (
+    "{% for m in messages %}<{{ m.role }}> {{ m.content }} {% if m.role == 'assistant' %}<end>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}")
+model = LlamaForCausalLM(LlamaConfig(vocab_size=len(words), hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+                                     num_attention_heads=2))
+for part in model, tokenizer: part.save_pretrained("models/HuggingFaceTB/SmolLM2-135M-Instruct")
+chat = lambda answer: [{"role": "user", "content": "say yes"}, {"role": "assistant", "content": answer}]
+rows = [{"prompt": "say yes", "chosen": chat("yes"), "rejected": chat("no")}] * 8
+folder = Path("data/HuggingFaceH4/ultrafeedback_binarized/data")
+folder.mkdir(parents=True)
+(folder / "train_prefs-00000-of-00001.jsonl").write_text("\\n".join(map(json.dumps, rows)))
+"""
+END = """
+import tokpref
+assert trainer.state.global_step > 0
+print(tokpref.__file__)
+"""
+
+
 def quick_start() -> str:
-    "The Python of the README's quick start, up to the trainer, which needs models of the hub."
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    section = re.search(r"^## Quick start$(.*?)(?=^## )", text, re.M | re.S)
-    blocks = re.findall(r"^```python\n(.*?)^```", section[1] if section else "", re.M | re.S)
-    code = [block for block in blocks if "PreferenceTrainer(" not in block]
-    if not code:
-        raise SystemExit("dist: README.md has no section `## Quick start` with Python that needs no network")
-    return "\n".join(code)
+    "The first Python of the README, which trains."
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
+    if not blocks or "trainer.train()" not in blocks[0]:
+        raise SystemExit("dist: the first Python of README.md does not train: end it with trainer.train()")
+    return blocks[0]
+
+
+def run_quick_start(python: Path, place: Path, **environment: str) -> str:
+    "Where tokpref was taken from by the quick start, run as it stands, with stand-ins for its model and its pairs."
+    (place / "quick_start.py").write_text(STAND_INS + quick_start() + END, encoding="utf-8")
+    found = {"TOKPREF_MODELS": str(place / "models"), "TOKPREF_DATA": str(place / "data"), "HF_HUB_OFFLINE": "1"}
+    printed = run(python, "quick_start.py", cwd=place, env=os.environ | found | environment)
+    return printed.strip().splitlines()[-1]
 
 
 def build(folder: Path, *options: str, source: Path = ROOT) -> tuple[Path, Path]:
@@ -65,13 +101,11 @@ def try_out(file: Path) -> None:
         run(sys.executable, "-m", "venv", Path(place) / "env")
         binaries = Path(place) / "env" / "bin"
         run(binaries / "python", "-m", "pip", "install", "-q", "-c", ROOT / "constraints.txt", file)
-        (Path(place) / "quick_start.py").write_text(quick_start(), encoding="utf-8")
-        run(binaries / "python", "quick_start.py", cwd=Path(place))
+        where = run_quick_start(binaries / "python", Path(place))
         for arguments in COMMANDS:
             run(binaries / "tokpref", *arguments, cwd=Path(place))
-        where = run(binaries / "python", "-c", "import tokpref; print(tokpref.__file__)", cwd=Path(place))
-        if not Path(where.strip()).resolve().is_relative_to(Path(place).resolve()):
-            raise SystemExit(f"dist: the quick start ran with {where.strip()}, not with what was installed")
+        if not Path(where).resolve().is_relative_to(Path(place).resolve()):
+            raise SystemExit(f"dist: the quick start ran with {where}, not with what was installed")
 
 
 def version() -> str:

@@ -1,7 +1,8 @@
 """Write README.md from nbs/index.ipynb: `python tools/readme.py`; `--check` only says whether it is up to date.
 
-The notebook is the source. Cells marked `#| hide` are left out, `#| echo: false` keeps only what the cell printed,
-what it drew becomes a file of nbs/images/, and links are turned from the notebook's folder to the repository's top.
+The notebook is the source. Cells marked `#| hide` are left out, `#| echo: false` keeps only what the cell printed, and
+what it drew becomes a file of nbs/images/. Cells from one that begins with `<!-- site only -->` to the next that begins
+with `<!-- also in the README -->` stand on the site alone. Links to chapters lead to the site, all others to the file.
 """
 import base64
 import posixpath
@@ -9,12 +10,14 @@ import re
 import sys
 from pathlib import Path
 
+import colab
 import nbformat
 from nbconvert import MarkdownExporter
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOK, README = ROOT / "nbs" / "index.ipynb", ROOT / "README.md"
-LINK = re.compile(r"(!?\[[^\]]*\]\()(?!https?:|mailto:|#)([^)\s]+)\)")
+LINK = re.compile(r"(!?\[[^\]]*\]\()(?!https?:|mailto:)([^)\s]+)\)")
+MARK = re.compile(r"<!-- (site only|also in the README) -->\n*")
 DIRECTIVE = re.compile(r"^#\|\s*(.*)\n?", re.MULTILINE)
 
 
@@ -40,9 +43,30 @@ def pictures(nb) -> dict[Path, bytes]:
     return found
 
 
+def for_readme(cells: list) -> list:
+    "The cells that do not stand on the site alone, without the marks that say so."
+    kept, on = [], True
+    for cell in cells:
+        mark = MARK.match(cell.source)
+        if mark: on, cell.source = mark[1] != "site only", cell.source[mark.end():]
+        if on: kept.append(cell)
+    return kept
+
+
+def page(notebook: str) -> str:
+    "The address on the site of a notebook, given by its path below nbs/; nbdev leaves the number of its name out."
+    folder, name = posixpath.split(notebook.removesuffix(".ipynb"))
+    said = colab.settings()
+    file = re.sub(r"^\d+[a-zA-Z0-9]*_", "", name) + ".html"
+    return posixpath.join(said["doc_host"] + said["doc_baseurl"], folder, file)
+
+
 def from_top(match: re.Match) -> str:
-    "A link as seen from the repository's top instead of nbs/, to the file itself where nbs/ holds a link to it."
-    path = posixpath.normpath(posixpath.join("nbs", match[2]))
+    "A link as the README needs it: to a chapter on the site, else to a file as seen from the repository's top."
+    target, _, anchor = match[2].partition("#")
+    if not target or target.endswith(".ipynb"):
+        return f"{match[1]}{page(target or NOTEBOOK.name)}{'#' + anchor if anchor else ''})"
+    path = posixpath.normpath(posixpath.join("nbs", target))
     if (ROOT / path).is_symlink(): path = (ROOT / path).resolve().relative_to(ROOT).as_posix()
     return f"{match[1]}{path})"
 
@@ -50,7 +74,7 @@ def from_top(match: re.Match) -> str:
 def render(notebook: Path = NOTEBOOK) -> tuple[str, dict[Path, bytes]]:
     "The README's text and its pictures."
     nb = nbformat.read(notebook, as_version=4)
-    nb.cells = [cell for cell in nb.cells if shown(cell)]
+    nb.cells = [cell for cell in for_readme(nb.cells) if shown(cell)]
     drawn = pictures(nb)
     nb.metadata["language_info"] = {"name": "python"}
     body, _ = MarkdownExporter().from_notebook_node(nb)
