@@ -11,7 +11,7 @@ import shutil
 import socket
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +44,10 @@ from tokpref.experiments.compare import (
     train,
 )
 from tokpref.experiments.compare import run as harness
+from tokpref.experiments.compare.record import weights_digest
 from tokpref.experiments.tasks import toy
 from tokpref.losses import LOSSES, LossSpec
+from tokpref.models import load_model, load_tokenizer
 
 QUICK = {"steps": 3, "eval_steps": 2, "pretrain_steps": 10, "pairs": 64, "eval_pairs": 16, "letters": 3}
 
@@ -89,11 +91,13 @@ def test_record_is_complete_and_private(tmp_path):
         "description",
         "config",
         "seeds",
+        "models",
         "versions",
         "hardware",
         "wall_seconds",
         "problem",
         "start",
+        "answers",
         "value",
         "optimum",
         "runs",
@@ -152,10 +156,10 @@ def test_an_edited_loss_is_trained_anew_and_the_others_are_read(tmp_path, monkey
     real, calls = harness.train_one, []
 
     @functools.wraps(real)
-    def counted(*args):
+    def counted(*args, **kwargs):
         label: Any = args[3]
         calls.append(label.loss)
-        return real(*args)
+        return real(*args, **kwargs)
 
     monkeypatch.setattr(harness, "train_one", counted)
     run = lambda **more: compare(
@@ -224,13 +228,18 @@ def copied_package(tmp_path_factory):
     return root
 
 
-def test_any_file_behind_a_run_makes_it_anew(copied_package):
+def test_any_file_behind_a_run_makes_it_anew(copied_package, monkeypatch):
     "Each file that is followed counts, in a copy of the package; comments, docstrings and what draws do not."
     functions = (train.train_one, find_task("instructions").prepare, LOSSES["dpo"].fn)
     code = lambda: sources.code_behind(*functions, root=copied_package)
     before = code()
     modules = sources.modules_behind([function.__module__ for function in functions], copied_package)
     assert len(modules) > 15
+    # no edit below changes an import: what is followed is the same each time, and is found once
+    monkeypatch.setattr(sources, "modules_behind", lambda *args: modules)
+    same = sources.versions()
+    monkeypatch.setattr(sources, "versions", lambda: same)
+    assert code() == before
     for module in modules:
         file = sources.module_file(module, copied_package)
         text = file.read_text(encoding="utf-8")
@@ -395,7 +404,8 @@ def test_tiny_models_compute_with_one_thread(tmp_path, monkeypatch):
     watched = replace(task, prepare=lambda *args: seen.append(torch.get_num_threads()) or task.prepare(*args))
     monkeypatch.setitem(TASKS, "toy", watched)
     real = harness.train_one
-    monkeypatch.setattr(harness, "train_one", lambda *args: seen.append(torch.get_num_threads()) or real(*args))
+    counted = lambda *args, **kwargs: seen.append(torch.get_num_threads()) or real(*args, **kwargs)
+    monkeypatch.setattr(harness, "train_one", counted)
     torch.set_num_threads(2)
     try:
         record = run_toy(tmp_path, ["dpo"])
@@ -462,16 +472,68 @@ def test_a_stage_that_was_stopped_is_made_again_by_the_list(tmp_path):
     )
 
 
-def test_a_digest_may_count_in_the_key_of_a_stage(tmp_path):
-    weights = {"digest": 1}
-    stages = [
-        Stage("a", (), lambda work: None, depends=lambda config: dict(weights)),
-        Stage("b", (), lambda work: None, after=("a",)),
-    ]
-    place = lambda: [Preparation(stages, RunConfig(), tmp_path).place(name) for name in "ab"]
+@dataclass(frozen=True)
+class NamedConfig(RunConfig):
+    "A task that loads a model."
+
+    model: str = ""
+
+    def models(self): return {"model": self.model}
+
+
+def test_a_stage_that_names_a_model_is_known_by_its_weights(tmp_path):
+    "Of the stages that read the name and of those that build on them; one that does not is kept."
+    stages = [Stage("a", ("model",), lambda work: None), Stage("b", (), lambda work: None, after=("a",)),
+              Stage("c", ("steps",), lambda work: None)]
+    config = NamedConfig(model=str(tmp_path))
+    place = lambda: [Preparation(stages, config, "out").place(name) for name in "abc"]
     before = place()
-    weights["digest"] = 2
-    assert all(old != new for old, new in zip(before, place(), strict=True))
+    (tmp_path / "model.safetensors").write_bytes(b"other weights")
+    after = place()
+    assert [old != new for old, new in zip(before, after, strict=True)] == [True, True, False]
+    (tmp_path / "README.md").write_text("a word on the model")
+    assert place() == after
+
+
+def test_a_digest_sees_the_base_of_an_adapter_and_a_tokenizer(tmp_path):
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    base.mkdir(), adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(base)}))
+    seen = [weights_digest(str(adapter))]
+    for name in ("model.safetensors", "tokenizer.json"):
+        (base / name).write_text("x")
+        seen.append(weights_digest(str(adapter)))
+    assert len(set(seen)) == 3 and all(len(digest) == 8 for digest in seen)
+    assert weights_digest("nobody/nothing") == ""
+
+
+def test_a_comparison_has_a_record_after_every_run(tmp_path, monkeypatch):
+    "So one that is stopped has written what there was, and who asks is told."
+    told = []
+
+    def each(record):
+        assert json.loads((tmp_path / "comparison.json").read_text())["runs"] == json.loads(json.dumps(record["runs"]))
+        told.append([(run["label"], run["seed"]) for run in record["runs"]])
+
+    compare("toy", "smoke", ["dpo", "tdpo2"], seeds=[0, 1], out=tmp_path, overrides=QUICK, progress=False, each=each)
+    runs = [("dpo", 0), ("tdpo2", 0), ("dpo", 1), ("tdpo2", 1)]
+    assert told == [runs[:n] for n in (1, 2, 3, 4)]
+
+
+def test_answers_are_kept_with_their_rewards_and_models_where_asked(tmp_path):
+    record = run_toy(tmp_path, ["dpo", "best-of-2"], kept_answers=5, save_models=True)
+    start, (dpo, best) = record["answers"], record["runs"]
+    assert len(start) == len(dpo["answers"]) == 5 and best["answers"] == []
+    assert set(dpo["answers"][0]) == {"prompt", "answer", "tokens", "ended", "reward"}
+    assert [row["prompt"] for row in start] == [row["prompt"] for row in dpo["answers"]]
+    (folder,) = (tmp_path / "models").iterdir()
+    model, tokenizer = load_model(str(folder)), load_tokenizer(str(folder))
+    prompts = [tokenizer(row["prompt"], add_special_tokens=False)["input_ids"] for row in start]
+    again = sample(model, tokenizer, prompts, max_new_tokens=max(row["tokens"] for row in dpo["answers"]), batch_size=5,
+                   seed=0, progress=False)
+    assert [text.split() for text in again.responses] == [row["answer"].split() for row in dpo["answers"]]
+    assert run_toy(tmp_path / "none", ["dpo"], kept_answers=0)["runs"][0]["answers"] == []
+    assert not (tmp_path / "none" / "models").exists()
 
 
 def test_table_over_seeds(tmp_path):

@@ -26,6 +26,7 @@ from tokpref.experiments.compare import (
     comparison_figure,
     comparison_table,
     find_task,
+    merge_records,
     resolve_losses,
 )
 from tokpref.experiments.pretrained import (
@@ -207,6 +208,20 @@ def test_pairs_from_a_file_are_filtered_and_counted(tmp_path):
     ) / len(found.train)
 
 
+def test_as_many_pairs_are_held_out_as_were_asked_for(tmp_path):
+    "Pairs that are too long are left out before, and not after, so that no error is taken over a single pair."
+    rows = [{"prompt": f"q{i}", "chosen": "a b c", "rejected": "d " * (50 if i % 4 else 2)} for i in range(80)]
+    rows += [{"prompt": "q0", "chosen": "again " * 50, "rejected": "no"}]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    found = load_pairs(replace(QUICK, source=str(tmp_path / "pairs.jsonl"), max_words=10, eval_pairs=9, train_pairs=0))
+    assert len(found.eval) == 9 and len(found.train) == 20 - 9 and found.info["eval_pairs"] == 9
+    assert not set(found.texts["prompt"]) & set(found.eval["prompt"])
+    held = "q0" in found.eval["prompt"]
+    assert len(found.texts) == 81 - 9 - held and found.info["too_long"] == len(found.texts) - len(found.train)
+    with pytest.raises(ValueError, match="lower eval_pairs"):
+        load_pairs(replace(QUICK, source=str(tmp_path / "pairs.jsonl"), max_words=10, eval_pairs=20))
+
+
 @pytest.mark.skipif(not os.environ.get("TOKPREF_DATA"), reason="TOKPREF_DATA is not set")
 def test_length_of_real_pairs():
     "What the source says of its data, counted: the longer answer is chosen in 87 % of the pairs."
@@ -226,6 +241,15 @@ def test_accuracies_by_hand():
     )
     assert "accuracy_matched" not in pair_accuracies(torch.ones(1), [1], [9])
     with pytest.raises(ValueError, match="lengths"): pair_accuracies(torch.ones(2), [1], [1])
+
+
+def test_every_part_of_the_pairs_has_an_error_of_its_own():
+    right, chosen, rejected = [1, 1, 1, -1, 1], [1, 1, 1, 1, 9], [5, 5, 5, 5, 2]
+    groups = {"first": [True, True, False, False, False], "none": [False] * 5}
+    found = pair_accuracies(right, chosen, rejected, prompts="aaabb", groups=groups)
+    assert found["accuracy_shorter"] == 0.75 and found["accuracy_shorter_se"] == pytest.approx(0.375)
+    assert found["accuracy_longer"] == 1 and "accuracy_longer_se" not in found
+    assert found["accuracy_first"] == 1 and found["accuracy_first_se"] == 0 and "accuracy_none" not in found
 
 
 def test_the_error_of_an_accuracy_is_clustered_by_prompt(named, tokenizer):
@@ -309,6 +333,26 @@ def test_a_comparison_on_a_named_model(task, named, tmp_path, rank, monkeypatch)
     assert not list((tmp_path / "out" / "prepared").glob("*.checkpoints"))
 
 
+def test_other_weights_in_the_same_folder_are_another_start_and_another_run(task, named, tmp_path):
+    "And the tuned start is a whole model, with its tokenizer."
+    more = {"model": named, "sft_epochs": 1.0, "sft_batch": 48, "sft_learning_rate": 1e-3, "sft_warmup_steps": 0,
+            "losses": ["dpo"], "steps": 1, "eval_steps": 1}
+    again = lambda: compare(task, out=tmp_path / "out", overrides=more, progress=False)
+    first = again()
+    assert again()["runs"] == first["runs"] and list(first["models"]) == [named]
+    (start,) = (tmp_path / "out" / "prepared").glob("sft-*")
+    assert load_tokenizer(str(start)).get_vocab() == load_tokenizer(named).get_vocab()
+    model = load_model(named)
+    with torch.no_grad():
+        for weight in model.parameters(): weight.mul_(1.5)
+    model.save_pretrained(named)
+    second = again()
+    assert second["models"][named] != first["models"][named] and second["start"] != first["start"]
+    assert len(list((tmp_path / "out" / "prepared").glob("sft-*"))) == len(list((tmp_path / "out/runs").iterdir())) == 2
+    assert len(first["answers"]) == len(first["runs"][0]["answers"]) > 1
+    with pytest.raises(ValueError, match="differ in models"): merge_records(first, second)
+
+
 def test_chat_messages_go_through_the_template(named, tmp_path):
     tokenizer = load_tokenizer(named)
     tokenizer.chat_template = (
@@ -390,7 +434,8 @@ def test_fine_tuning_with_another_optimiser_is_another_stage():
 def test_every_profile_is_sound(name):
     "Losses, steps and batches of every profile fit together; the first one needs neither network nor card."
     profiles = find_task(name).profiles
-    assert list(profiles) == ["nano", "smoke", "colab", "paper"]
+    smol = [profile for profile in profiles if profile.startswith("smol")]
+    assert list(profiles) == ["nano", "smoke", *smol, "colab", "paper"] and smol[0] == "smol"
     for profile, config in profiles.items():
         assert isinstance(config, HubConfig)
         if profile in ("nano", "smoke"): assert config.model == "scratch"
@@ -398,9 +443,12 @@ def test_every_profile_is_sound(name):
         assert pretrained.accumulation(config.batch_size, config.micro_batch) and pretrained.accumulation(
             config.sft_batch, config.micro_batch
         )
-        assert config.max_prompt_length < config.max_length and (config.model == "scratch") == (
-            config.lora_rank == 0 and "pythia-2.8b" not in config.model
-        )
+        assert config.max_prompt_length < config.max_length
+        if profile in smol:
+            assert config.model.endswith("SmolLM2-135M-Instruct") and config.as_messages and len(config.seeds) == 3
+            assert not config.gradient_checkpointing, "it would turn the fast path off"
+            continue
+        assert (config.model == "scratch") == (config.lora_rank == 0 and "pythia-2.8b" not in config.model)
 
 
 @pytest.mark.parametrize("name", ["dialogue", "instructions"])

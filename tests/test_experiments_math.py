@@ -1,5 +1,7 @@
 """Stories with sums: one solution each, a checker that finds where another breaks, lists that share no problem."""
 
+import copy
+import json
 import re
 from dataclasses import replace
 
@@ -26,6 +28,7 @@ from tokpref.experiments.stories import (
     solution_pairs,
     split_problems,
 )
+from tokpref.models import load_tokenizer
 
 PROBLEMS = draw_problems(400, seed="test")
 
@@ -167,10 +170,19 @@ def test_smoke_end_to_end(tmp_path, monkeypatch):
     assert find_task("math").configure()[0] == "nano"
 
 
+CHAT = ("{% for m in messages %}{% if m.role == 'user' %}Question: {{ m.content }}\nAnswer:"
+        "{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}")
+
+
 def test_own_samples_of_a_model_in_a_folder(tmp_path):
-    "The way of the profiles `colab` and `paper`, with a small model and stories in the place of GSM8K."
+    """The way of the profiles `colab` and `paper`, with a small model and stories in the place of GSM8K.
+
+    The questions are chat messages, by the template of a tokenizer of its own: it writes them as the model knows them.
+    """
     config = GSM8KConfig(
         model=str(tmp_path / "model"),
+        tokenizer_name=str(tmp_path / "tokenizer"),
+        as_messages=True,
         questions="stories",
         completions=6,
         train_questions=60,
@@ -194,18 +206,38 @@ def test_own_samples_of_a_model_in_a_folder(tmp_path):
     model = fresh_model(tokenizer, small)
     train_lm(model, [tokenizer(text)["input_ids"] + [tokenizer.eos_token_id] for text in texts], small)
     model.save_pretrained(tmp_path / "model"), tokenizer.save_pretrained(tmp_path / "model")
+    tokenizer.chat_template = CHAT
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
     TASKS["gsm8k-test"] = replace(find_task("math"), name="gsm8k-test", profiles={"only": config})
     try: record = compare("gsm8k-test", losses=["dpo"], out=tmp_path / "out", progress=False)
     finally: del TASKS["gsm8k-test"]
+    for row in record["answers"]: assert row["prompt"].startswith("Question: ") and row["prompt"].endswith("\nAnswer:")
+    (start,) = (tmp_path / "out" / "prepared").glob("start-*")
+    assert load_tokenizer(str(start)).chat_template == CHAT
     assert record["problem"]["train_pairs"] > 8 and {"reward", "greedy", "accuracy"} <= set(
         record["runs"][0]["metrics"]
     )
     assert record["start"]["kl"] == pytest.approx(0, abs=1e-5) and record["runs"][0]["metrics"]["kl"] != 0
 
 
-def test_accuracies_by_author():
-    pairs = {"chosen_model": ["human", "human", "6b", "6b"]}
-    assert gsm8k.author_accuracies(pairs, [1.0, -1.0, 2.0, 0.0]) == {"all": 0.625, "person": 0.5, "model": 0.75}
+@pytest.mark.parametrize("as_messages", [False, True])
+def test_pairs_are_counted_by_author_as_text_and_as_messages(tmp_path, model, tokenizer, as_messages):
+    rows = [{"prompt": f"What is {'a' * i}?", "chosen": f"It is {'b' * i}.", "rejected": "No.",
+             "chosen_model": "human" if i % 3 else "6b"} for i in range(1, 19)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = CHAT
+    model.save_pretrained(tmp_path / "model"), tokenizer.save_pretrained(tmp_path / "model")
+    config = GSM8KConfig(model=str(tmp_path / "model"), source=str(tmp_path / "pairs.jsonl"), test_split="",
+                         eval_pairs=6, as_messages=as_messages, max_length=100, max_new_tokens=4, prompts=2,
+                         precision="float32")
+    problem = gsm8k.prepare_gsm8k(config, tmp_path, progress=False)
+    authors = {len(row["chosen"]): row["chosen_model"] for row in rows}
+    texts = [tokenizer.decode(ids, skip_special_tokens=True).replace(" ", "") for ids in problem.eval["chosen_ids"]]
+    human = [authors[len(text) + 2] == "human" for text in texts]       # without its two spaces
+    assert len(human) == 6 and problem.evaluate.groups == {"person": human, "model": [not h for h in human]}
+    found = problem.evaluate(problem.policy)
+    assert found["accuracy_person"] == found["accuracy_model"] == 0.5 and found["accuracy_person_se"] == 0
 
 
 @pytest.mark.skipif(not data.data_root(), reason="needs the data")

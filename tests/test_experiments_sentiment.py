@@ -67,6 +67,18 @@ def test_profiles_with_models_by_name_run(profile, names, tmp_path):
     assert {path.name.split("-")[0] for path in (tmp_path / "prepared").iterdir()} == {"start", "measure", "pairs"}
 
 
+def test_the_classifier_of_words_is_a_reward_too(names, tmp_path):
+    "The way of the profile `smol`: nothing but the language model has a name, and the accuracy is in the record."
+    overrides = {**TINY, "model": names["model"], "sft_unlabelled": False, "test_reviews": 5, "sweep": {}}
+    record = compare("sentiment", "smol", ["dpo"], out=tmp_path, overrides=overrides, progress=False)
+    known = record["problem"]["classifier"]
+    assert known["name"] == "words" and known["accuracy_reviews"] > 0.8 and list(record["models"]) == [names["model"]]
+    assert record["problem"]["model"]["openings"] <= 400 and record["runs"][0]["metrics"]["kl"] > 0
+    assert all(0 <= row["reward"] <= 1 for row in record["answers"] + record["runs"][0]["answers"])
+    (start,) = (tmp_path / "prepared").glob("start-*")
+    assert load_tokenizer(str(start)).get_vocab() == load_tokenizer(names["model"]).get_vocab()
+
+
 def test_baselines_train_an_adapter_too(names, tmp_path):
     overrides = {**TINY, **names, "micro_batch": 0, "steps": 2}
     record = compare(

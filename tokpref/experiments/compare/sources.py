@@ -13,7 +13,7 @@ import importlib
 import inspect
 import sys
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -41,15 +41,18 @@ def module_file(module: str, root: Path) -> Path | None:
     return next((file for file in files if file.is_file()), None)
 
 # %% ../../../nbs/experiments/compare/09_sources.ipynb #72befe0f
-def imports_of(text: str, module: str, is_package: bool) -> Iterator[tuple[str, str, str]]:
+@functools.cache
+def imports_of(text: str, module: str, is_package: bool) -> tuple[tuple[str, str, str], ...]:
     "(module, name, name given to it) for every import in a source; the names are empty for `import module`."
     here = module.split(".") if is_package else module.split(".")[:-1]
+    found: list[tuple[str, str, str]] = []
     for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.Import): yield from ((alias.name, "", "") for alias in node.names)
+        if isinstance(node, ast.Import): found += [(alias.name, "", "") for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             base = here[: len(here) - node.level + 1] if node.level else []
             origin = ".".join([*base, *([node.module] if node.module else [])])
-            yield from ((origin, alias.name, alias.asname or alias.name) for alias in node.names)
+            found += [(origin, alias.name, alias.asname or alias.name) for alias in node.names]
+    return tuple(found)
 
 
 def home_of(module: str, name: str, root: Path) -> str:

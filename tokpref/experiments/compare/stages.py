@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from ...checks import nearest
 from .problem import RunConfig
-from .record import fingerprint
+from .record import fingerprint, weights_digest
 
 # %% ../../../nbs/experiments/compare/04_stages.ipynb #1e88bedb
 _log = logging.getLogger(__name__)
@@ -34,7 +34,6 @@ class Stage:
     read: Callable[["StageWork"], Any] | None = None    # the value, from the files; None: none kept, `make` returns it
     after: tuple[str, ...] = ()                     # names of the stages that it builds on
     each_seed: bool = False                         # made anew for each seed
-    depends: Callable[[Any], dict] | None = None    # configuration -> more that it depends on, as a digest of files
 
 # %% ../../../nbs/experiments/compare/04_stages.ipynb #a1e06f8b
 class StageSettings:
@@ -89,8 +88,8 @@ def stage_chain(stages: Mapping[str, Stage], name: str) -> list[Stage]:
 def stage_key(chain: Sequence[Stage], config: RunConfig, seed: int) -> str:
     "Fingerprint of everything that the last stage of `chain` depends on; the seed counts where one is drawn by it."
     value = {setting: getattr(config, setting) for stage in chain for setting in stage.settings}
-    for stage in chain:
-        if stage.depends is not None: value |= stage.depends(config)
+    named = {setting: name for setting, name in config.models().items() if setting in value}
+    value |= {f"weights of {setting}": weights_digest(name) for setting, name in named.items()}
     if any(stage.each_seed for stage in chain): value["seed"] = seed
     return fingerprint(value)
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ONE_THREAD_BELOW', 'threads_for', 'expected_parameters', 'run_arguments', 'train_along', 'train_with_loss',
-           'train_one', 'prepared_rows', 'SharedStart']
+           'save_policy', 'train_one', 'prepared_rows', 'SharedStart']
 
 # %% ../../../nbs/experiments/compare/06_train.ipynb #5a6cd05a
 import contextlib
@@ -25,7 +25,7 @@ from transformers import PrinterCallback, Trainer
 from ...data import prepare
 from ...training import PreferenceConfig, PreferenceTrainer
 from .labels import LossRun
-from .measure import PathCallback, as_trained, measure, peak_memory_mb, reset_peak_memory
+from .measure import PathCallback, as_trained, kept_answers, measure, peak_memory_mb, reset_peak_memory
 from .problem import Problem, RunConfig, Task
 
 # %% ../../../nbs/experiments/compare/06_train.ipynb #baf0d2b5
@@ -88,6 +88,12 @@ def train_with_loss(
     return train_along(trainer, path)
 
 # %% ../../../nbs/experiments/compare/06_train.ipynb #490bdb21
+def save_policy(model: Any, tokenizer: Any, folder: Path) -> None:
+    "A trained policy as `load_model` and `load_tokenizer` read it; of an adapter the adapter alone."
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
 def train_one(
     problem: Problem,           # with prepared rows in train and eval
     reference: nn.Module,       # a frozen copy of the policy
@@ -98,7 +104,9 @@ def train_one(
     folder: Path,               # scratch space of the trainer
     bar: tqdm | None = None,
     how: Callable = train_with_loss,    # see `Baseline.train`
-) -> dict:                      # metrics, history, log, seconds, evaluation_seconds, peak_mb
+    *,
+    keep: Path | None = None,   # folder for the trained policy and its tokenizer; None: it is forgotten
+) -> dict:                      # metrics, history, log, answers, seconds, evaluation_seconds, peak_mb
     "Train a copy of the problem's policy with one loss or baseline and measure it on the way and at the end."
     reset_peak_memory()
     other_model = None if problem.adapter is not None else reference
@@ -109,9 +117,11 @@ def train_one(
     seconds = time.perf_counter() - began - path.seconds
     peak = peak_memory_mb()
     more = problem.final(model) if problem.final is not None and model is not None else {}
+    answers = [] if model is None else kept_answers(model, problem, config.kept_answers)
+    if keep is not None and model is not None: save_policy(model, problem.tokenizer, keep)
     log = [{name: value for name, value in entry.items() if isinstance(value, (int, float))} for entry in log]
-    return {"metrics": {**path.history[-1], **more}, "history": path.history, "log": log, "seconds": round(seconds, 2),
-            "evaluation_seconds": round(path.seconds, 2), "peak_mb": peak}
+    return {"metrics": {**path.history[-1], **more}, "history": path.history, "log": log, "answers": answers,
+            "seconds": round(seconds, 2), "evaluation_seconds": round(path.seconds, 2), "peak_mb": peak}
 
 # %% ../../../nbs/experiments/compare/06_train.ipynb #6b12429e
 def prepared_rows(rows: Dataset, tokenizer, config: RunConfig, name: str) -> Dataset:
@@ -153,10 +163,15 @@ class SharedStart:
         return metrics if "accuracy" in metrics else {**metrics, "kl_chosen": 0.0, "kl_rejected": 0.0}
 
     @functools.cached_property
+    def answers(self) -> list[dict]:
+        "What the reference answers; see `kept_answers`."
+        return kept_answers(self.reference, self.problem, self.config.kept_answers)
+
+    @functools.cached_property
     def parameters(self) -> int:
         "How many weights the policy has."
         return sum(p.numel() for p in self.problem.policy.parameters())
 
     def forget(self) -> None:
         "Let go of models and rows; they are made again if they are asked for."
-        for name in ("problem", "reference", "start", "parameters"): self.__dict__.pop(name, None)
+        for name in ("problem", "reference", "start", "answers", "parameters"): self.__dict__.pop(name, None)

@@ -7,8 +7,8 @@ __all__ = ['MATCHED', 'pair_accuracies', 'length_baseline', 'PairMeasure', 'judg
 
 # %% ../../../nbs/experiments/pretrained/02_measure.ipynb #62acffeb
 import json
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -32,12 +32,13 @@ def pair_accuracies(
     rejected_words: Sequence,
     *,
     prompts: Sequence[Hashable] | None = None,  # [N] of each pair; None: no two pairs share one
+    groups: Mapping[str, Sequence[bool]] | None = None,     # name -> [N], which pairs are in it
 ) -> dict[str, float]:
     """Share of positive margins, a tie for one half: of all pairs, and by the length of the chosen response.
 
-    `accuracy_se` is the standard error, clustered by prompt, and 0 for one pair; `accuracy_shorter`, `accuracy_longer`
-    and `accuracy_matched`, of about equal length, are there where there are such pairs. Raises `ValueError` for
-    different lengths or no pairs.
+    `accuracy_se` is the standard error, clustered by prompt, and 0 for one pair. `accuracy_shorter`, `accuracy_longer`,
+    `accuracy_matched` (of about equal length) and `accuracy_<group>` are there where there are such pairs, with their
+    own `_se` where there are two. Raises `ValueError` for different lengths or no pairs.
 
     >>> pair_accuracies([1.0, -1.0], [10, 4], [5, 9])
     {'accuracy': 0.5, 'accuracy_se': 0.5, 'accuracy_shorter': 0.0, 'accuracy_longer': 1.0}
@@ -48,12 +49,23 @@ def pair_accuracies(
     if prompts is not None and len(prompts) != len(margins):
         raise ValueError(f"pair_accuracies: {len(margins)} margins but {len(prompts)} prompts")
     right = (torch.as_tensor(margins).double().cpu().sign() + 1) / 2
-    clusters = range(len(right)) if prompts is None else prompts
-    se = clustered_estimate(right, clusters).se if len(right) > 1 else 0.0
+    clusters = list(range(len(right)) if prompts is None else prompts)
     near = (chosen - rejected).abs() <= MATCHED * torch.maximum(chosen, rejected)
     parts = {"shorter": chosen < rejected, "longer": chosen > rejected, "matched": near}
-    accuracies = {"accuracy": float(right.mean()), "accuracy_se": se}
-    return accuracies | {f"accuracy_{name}": float(right[part].mean()) for name, part in parts.items() if part.any()}
+    parts |= {name: torch.as_tensor(list(inside)).bool() for name, inside in (groups or {}).items()}
+    accuracies = _accuracy("accuracy", right, clusters)
+    accuracies.setdefault("accuracy_se", 0.0)
+    for name, inside in parts.items():
+        kept = [cluster for cluster, is_inside in zip(clusters, inside.tolist(), strict=True) if is_inside]
+        accuracies |= _accuracy(f"accuracy_{name}", right[inside], kept)
+    return accuracies
+
+
+def _accuracy(name: str, right: Tensor, clusters: list) -> dict[str, float]:
+    "The mean and, of two or more, its error; nothing where there is none."
+    if not len(right): return {}
+    se = {f"{name}_se": clustered_estimate(right, clusters).se} if len(right) > 1 else {}
+    return {name: float(right.mean()), **se}
 
 
 def _prompts_of(pairs: Dataset) -> list[str]:
@@ -80,6 +92,7 @@ class PairMeasure:
     mixed: str = "no"               # see Precision
     judge: Callable | None = None   # see tokpref.experiments.judges
     questions: Sequence = ()        # (prompt, chosen response) of each of `prompts`, as the judge reads them
+    groups: Mapping[str, Sequence[bool]] = field(default_factory=dict)      # of `pairs`, see `pair_accuracies`
 
     def __call__(self, model: nn.Module) -> dict[str, float]:
         """`pair_accuracies`; `kl_chosen`, `kl_rejected`: SeqKL on the held-out responses, nats. On its own answers
@@ -93,7 +106,8 @@ class PairMeasure:
             own = sample_kl(model, reference, answers, batch_size=size, progress=False)
         margins = table["implicit/margins"]
         accuracies = pair_accuracies(
-            margins, self.pairs["chosen_words"], self.pairs["rejected_words"], prompts=_prompts_of(self.pairs))
+            margins, self.pairs["chosen_words"], self.pairs["rejected_words"], prompts=_prompts_of(self.pairs),
+            groups=self.groups)
         return accuracies | {
             "kl_chosen": float(table["kl/chosen"].mean()),
             "kl_rejected": float(table["kl/rejected"].mean()),

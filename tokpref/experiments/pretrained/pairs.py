@@ -43,6 +43,13 @@ class HubConfig(StartConfig, ScratchConfig):
     judged_temperature: float = 0.7     # of the answers that are compared; 0 is greedy
     judged_top_p: float = 0.9
 
+    def models(self) -> dict[str, str]:
+        "The model, its tokenizer, and the judge if it is a reward model."
+        kind, _, name = self.judge.partition(":")
+        named = {"model": "" if self.model == "scratch" else self.model, "tokenizer_name": self.tokenizer_name,
+                 "judge": name if kind == "reward" else ""}
+        return {setting: name for setting, name in named.items() if name}
+
 # %% ../../../nbs/experiments/pretrained/01_pairs.ipynb #a76671d2
 _COLOURS = {"grass": "green", "snow": "white", "coal": "black", "the sea": "blue", "blood": "red", "a lemon": "yellow",
             "a carrot": "orange", "milk": "white"}
@@ -99,23 +106,24 @@ class PairData(NamedTuple):
 
 def load_pairs(config: HubConfig, seed: int = 0) -> PairData:
     "The pairs of a task, drawn with `data_seed` and, those to train on, with `seed`. Errors as `load_preferences`."
-    train, test = _two_parts(config)
-    short = _short(train, config.max_words)
+    texts, short, test = _three_parts(config)
     drawn = _draw(short, config.train_pairs, f"{config.data_seed}-{seed}")
     tuning = _draw(short, config.train_pairs, f"{config.data_seed}-sft")
-    held = _draw(_short(test, config.max_words), config.eval_pairs, f"{config.data_seed}")
-    info = {"train_pairs": len(drawn), "eval_pairs": len(held), "too_long": len(train) - len(short),
+    held = _draw(test, config.eval_pairs, f"{config.data_seed}")
+    info = {"train_pairs": len(drawn), "eval_pairs": len(held), "too_long": len(texts) - len(short),
             "train_longer_chosen": _longer(drawn), "eval_longer_chosen": _longer(held)}
-    return PairData(drawn, held, tuning, train, info)
+    return PairData(drawn, held, tuning, texts, info)
 
 # %% ../../../nbs/experiments/pretrained/01_pairs.ipynb #9caa3607
-def _two_parts(config: HubConfig) -> tuple[Dataset, Dataset]:
-    "What may be trained on and what is held out."
-    if config.source == "made-up":
-        return hold_out(made_up_pairs(400, config.data_seed), config.eval_pairs, config.data_seed)
-    whole = _read(config, config.train_split)
-    if config.test_split: return whole, _read(config, config.test_split)
-    return hold_out(whole, config.eval_pairs, config.data_seed)
+def _three_parts(config: HubConfig) -> tuple[Dataset, Dataset, Dataset]:
+    "Every pair of the training prompts; those of them that are short enough; held-out pairs that are."
+    made_up = config.source == "made-up"
+    whole = made_up_pairs(400, config.data_seed) if made_up else _read(config, config.train_split)
+    if config.test_split and not made_up:
+        return whole, _short(whole, config.max_words), _short(_read(config, config.test_split), config.max_words)
+    train, held = hold_out(_short(whole, config.max_words), config.eval_pairs, config.data_seed)
+    taken = {json.dumps(prompt) for prompt in held["prompt"]}
+    return whole.select([i for i, p in enumerate(whole["prompt"]) if json.dumps(p) not in taken]), train, held
 
 
 def _read(config: HubConfig, split: str) -> Dataset:

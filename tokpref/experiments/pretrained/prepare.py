@@ -94,6 +94,7 @@ def _make_tuned(work: StageWork) -> str:
     tuned: Any = sft(model, tokenizer, responses, settings, folder=checkpoints,
                      precision=pick_precision(config.precision), progress=work.progress)
     tuned.save_pretrained(work.folder)
+    tokenizer.save_pretrained(work.folder)      # so that the folder is a model that everybody can load
     shutil.rmtree(checkpoints, ignore_errors=True)
     return f"{config.sft_epochs:g} epochs over {len(responses):,} chosen responses"
 
@@ -151,4 +152,5 @@ def prepare_pairs(config: HubConfig, folder: Path, progress: bool = True, seed: 
                           precision.mixed, judge, questions)
     info = {**pairs.info, "model": about, "precision": precision.mixed, "longer is better": length_baseline(held_out)}
     return Problem(tokenizer, policy, train, held_out, measure, info=info, value="accuracy", final=measure.final,
-                   adapter=adapter, arguments=config.arguments(precision, config.batch_size))
+                   prompts=measure.prompts, max_new_tokens=config.max_new_tokens, adapter=adapter,
+                   arguments=config.arguments(precision, config.batch_size))

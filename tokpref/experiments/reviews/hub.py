@@ -24,7 +24,7 @@ from ..compare import Problem, read_json, write_json
 from ..compare.stages import Preparation, Stage, StageWork
 from ..pretrained.start import StartConfig, sft
 from ..scratch import held_out_loss
-from .prepare import PAIRS_OF_START, prepare_reviews, problem_of
+from .prepare import CLASSIFIER, PAIRS_OF_START, prepare_reviews, problem_of, word_reward
 from .texts import SentimentConfig, load_reviews, openings
 
 # %% ../../../nbs/experiments/reviews/04_hub.ipynb #4f779c02
@@ -33,9 +33,16 @@ class HubSentimentConfig(StartConfig, SentimentConfig):
     "The same experiment with models of the hub; settings of models from scratch are not read."
 
     model: str = "openai-community/gpt2-large"  # id on the hub, or folder
-    reward_model: str = "siebert/sentiment-roberta-large-english"
+    reward_model: str = "siebert/sentiment-roberta-large-english"   # "words": the classifier of words, trained here
     sft_epochs: float = 1.0                     # over the openings of the training reviews
     sft_learning_rate: float = 1e-5
+    sft_unlabelled: bool = True                 # tune on the openings of the reviews without labels, too
+    test_reviews: int = 2500                    # of the test split, whose openings give the loss of the start
+
+    def models(self) -> dict[str, str]:
+        "The language model, and the classifier unless it is made here."
+        classifier = {} if self.reward_model == "words" else {"reward_model": self.reward_model}
+        return {"model": self.model, **classifier}
 
 # %% ../../../nbs/experiments/reviews/04_hub.ipynb #4bfa9cd9
 def positive_label(labels: dict[int, str]) -> int:
@@ -88,18 +95,27 @@ def load_reward(name: str, tokenizer: Any) -> partial:
     return partial(hub_reward, classifier=classifier, classifier_tokenizer=classifier_tokenizer, tokenizer=tokenizer)
 
 
+def _reward(work: StageWork) -> partial:
+    "The reward that the configuration names."
+    name = work.config.reward_model
+    return word_reward(work) if name == "words" else load_reward(name, work["tokenizer"])
+
+
 def _make_start(work: StageWork) -> str:
     config, reviews, tokenizer = work.config, work["reviews"], work["tokenizer"]
     precision = pick_precision(config.precision)
-    rows = openings([*reviews.train, *reviews.unlabelled], tokenizer, config.context)
+    texts = [*reviews.train, *(reviews.unlabelled if config.sft_unlabelled else [])]
+    rows = openings(texts, tokenizer, config.context)
     data = Dataset.from_list([{"input_ids": row, "attention_mask": [1] * len(row), "labels": row} for row in rows])
     model: Any = load_model(config.model, config.weights(precision), device=fastest_device())
     settings = config.sft_config("adamw_torch", max_grad_norm=1.0)
     checkpoints = work.folder.with_suffix(".checkpoints")
     model = sft(model, tokenizer, data, settings, folder=checkpoints, precision=precision, progress=work.progress)
     model.save_pretrained(work.folder)
+    tokenizer.save_pretrained(work.folder)
     shutil.rmtree(checkpoints, ignore_errors=True)
-    test = held_out_loss(model, openings(reviews.test[::10], tokenizer, config.context))
+    held_out = reviews.test[::max(1, len(reviews.test) // config.test_reviews)][:config.test_reviews]
+    test = held_out_loss(model, openings(held_out, tokenizer, config.context))
     parameters = sum(p.numel() for p in model.parameters())
     write_json(work.folder / "info.json", {"parameters": parameters, "openings": len(rows), "test_loss": test})
     return f"{config.model} on {len(rows):,} openings, {test:.3f} nats a token on the test split"
@@ -119,11 +135,11 @@ HUB_STAGES = (
     Stage("reviews", ("source", "data_seed"), make=lambda work: load_reviews(work.config.source)),
     Stage("tokenizer", ("model",), make=lambda work: load_tokenizer(work.config.model)),
     Stage("start", ("context", "precision", "lora_rank", "lora_alpha", "sft_epochs", "sft_batch", "sft_learning_rate",
-                    "sft_warmup_steps"),
+                    "sft_warmup_steps", "sft_unlabelled", "test_reviews"),
           _make_start, _load_start, after=("reviews", "tokenizer")),
     Stage("model", (), make=_read_start, after=("start",)),
-    Stage("reward", ("reward_model",), make=lambda work: load_reward(work.config.reward_model, work["tokenizer"]),
-          after=("tokenizer",)),
+    CLASSIFIER,
+    Stage("reward", ("reward_model",), make=_reward, after=("tokenizer", "classifier")),
     *PAIRS_OF_START,
 )
 
@@ -137,6 +153,8 @@ def prepare_sentiment(config: SentimentConfig, folder: Path, progress: bool = Tr
     model = stages["model"]
     adapter = config.adapter()
     problem = problem_of(stages, None if adapter else frozen(copy.deepcopy(model)))
-    info = {"model": read_json(stages.place("start") / "info.json"), "classifier": {"name": config.reward_model}}
+    known = read_json(stages.place("classifier") / "info.json") if config.reward_model == "words" else {}
+    info = {"model": read_json(stages.place("start") / "info.json"),
+            "classifier": {"name": config.reward_model, **known}}
     return replace(problem, info={**info, **problem.info}, reward=reward, adapter=adapter,
                    arguments=config.arguments(precision, config.batch_size))

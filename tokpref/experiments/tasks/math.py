@@ -27,7 +27,7 @@ def prepare_math(config: MathConfig | GSM8KConfig, folder: Path, progress: bool 
 MATH = Task(
     name="math",
     description="stories with sums: right and wrong solutions of the same problem",
-    profiles=read_profiles("math", {"nano": MathConfig, "smoke": MathConfig, "pairs": GSM8KConfig, "colab": GSM8KConfig,
-                                    "paper": GSM8KConfig}),
+    profiles=read_profiles("math", {"nano": MathConfig, "smoke": MathConfig, "pairs": GSM8KConfig, "smol": GSM8KConfig,
+                                    "smol-stories": GSM8KConfig, "colab": GSM8KConfig, "paper": GSM8KConfig}),
     prepare=prepare_math,
     variants={**_WINDOWS, **_PARTS})

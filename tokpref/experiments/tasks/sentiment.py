@@ -14,6 +14,6 @@ from ..reviews.texts import SentimentConfig
 SENTIMENT = Task(
     name="sentiment",
     description="film reviews: please a classifier, stay near the start",
-    profiles=read_profiles("sentiment", {"nano": SentimentConfig, "smoke": SentimentConfig, "colab": HubSentimentConfig,
-                                         "paper": HubSentimentConfig}),
+    profiles=read_profiles("sentiment", {"nano": SentimentConfig, "smoke": SentimentConfig, "smol": HubSentimentConfig,
+                                         "colab": HubSentimentConfig, "paper": HubSentimentConfig}),
     prepare=prepare_sentiment)
