@@ -16,7 +16,8 @@ from .reading import (
 from .start import SFTConfig, StartConfig, accumulation, checkpointing, sft, sft_rows
 from .suites import SUITES, run_suites
 
-__all__ = ["ENDINGS", "MATCHED", "PAIR_COLUMNS", "PAIR_STAGES", "SUITES", "HubConfig", "PairData", "PairMeasure", "SFTConfig",
-           "StartConfig", "accumulation", "answers_shown", "checkpointing", "count_words", "hold_out", "length_baseline", "load_pairs",
-           "made_up_pairs", "measured_runs", "pair_accuracies", "pair_table", "prepare_pairs", "results_folder",
-           "run_heading", "run_suites", "sft", "sft_rows", "stored_result", "text_rows"]
+__all__ = ["ENDINGS", "MATCHED", "PAIR_COLUMNS", "PAIR_STAGES", "SUITES", "HubConfig", "PairData", "PairMeasure",
+           "SFTConfig", "StartConfig", "accumulation", "answers_shown", "checkpointing", "count_words", "hold_out",
+           "length_baseline", "load_pairs", "made_up_pairs", "measured_runs", "pair_accuracies", "pair_table",
+           "prepare_pairs", "results_folder", "run_heading", "run_suites", "sft", "sft_rows", "stored_result",
+           "text_rows"]
