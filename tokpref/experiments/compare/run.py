@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import datasets
 from tqdm import tqdm
@@ -25,7 +26,7 @@ from ...losses import LOSSES
 from .baselines import BASELINES, known_reward
 from .labels import LossRun
 from .problem import Task, check_seeds
-from .record import fingerprint, hardware, read_json, versions, write_json
+from .record import digests, fingerprint, hardware, read_json, versions, write_json
 from .resolve import check_training, resolve_losses
 from .sources import code_behind
 from .train import SharedStart, threads_for, train_one, train_with_loss
@@ -61,7 +62,7 @@ def run_path(shared: SharedStart, label: str, run: LossRun, code: str) -> Path:
     "Where a finished run is kept."
     skip = ("losses", "seeds", "tuning", "sweep", "learning_rate")
     settings = {name: value for name, value in asdict(shared.config).items() if name not in skip}
-    key = fingerprint([shared.task.name, settings, asdict(run), shared.seed, code])
+    key = fingerprint([shared.task.name, settings, digests(shared.config), asdict(run), shared.seed, code])
     return shared.folder / "runs" / f"{re.sub(r'[^A-Za-z0-9._-]+', '_', label)}-seed{shared.seed}-{key}.json"
 
 # %% ../../../nbs/experiments/compare/10_run.ipynb #75676d99
@@ -70,10 +71,11 @@ def _finish(shared: SharedStart, label: str, run: LossRun, path: Path, bar: tqdm
     if path.exists(): return read_json(path)
     record = {"label": label, **asdict(run), "seed": shared.seed}
     scratch = shared.folder / f"scratch-{path.stem}"
+    keep = shared.folder / "models" / path.stem if shared.config.save_models else None
     try:
         with threads_for(shared.parameters):
             record |= train_one(shared.problem, shared.reference, shared.config, run, shared.seed, shared.start,
-                                scratch, bar, _made_by(run)[0])
+                                scratch, bar, _made_by(run)[0], keep=keep)
     except FloatingPointError as e:
         _log.warning("%s: %s", label, e)
         return record | {"error": str(e)}
@@ -92,19 +94,19 @@ def _say_kept(paths: list[Path], progress: bool) -> None:
     if progress: tqdm.write(line, file=sys.stderr)
 
 # %% ../../../nbs/experiments/compare/10_run.ipynb #0a692a87
-def _run_all(shared: SharedStart, runs: Mapping[str, LossRun], paths: Mapping[str, Path], outer: tqdm) -> list[dict]:
-    "The records of one seed."
+def _run_all(shared: SharedStart, runs: Mapping[str, LossRun], paths: Mapping[str, Path], outer: tqdm
+             ) -> Iterator[dict]:
+    "The records of one seed, each when it is there."
     for label, run in runs.items():
         if paths[label].exists() or run.loss not in BASELINES: continue
         if BASELINES[run.loss].needs_reward: known_reward(shared.problem, label)
-    records = []
     for label, run in runs.items():
         name = f"  {label}, seed {shared.seed}"
         steps, hidden = shared.config.steps, not shared.progress
         with tqdm(total=steps, desc=f"{name:<14}", unit="step", leave=False, disable=hidden) as bar:
-            records.append(_finish(shared, label, run, paths[label], bar))
+            record = _finish(shared, label, run, paths[label], bar)
         outer.update()
-    return records
+        yield record
 
 # %% ../../../nbs/experiments/compare/10_run.ipynb #076d8cc1
 @contextlib.contextmanager
@@ -131,6 +133,7 @@ def compare(
     out: str | Path | None = None,          # folder of the comparison; None: runs/<task>-<profile>
     overrides: dict | None = None,          # settings of the configuration to change
     progress: bool = True,                  # bars on stderr
+    each: Callable[[dict], Any] | None = None,  # is given the record so far after every run
 ) -> dict:                                  # the record, also in <out>/comparison.json
     """Train every loss from the same start on the same pairs, and measure reward against KL.
 
@@ -145,23 +148,26 @@ def compare(
     seeds = check_seeds(config.seeds if seeds is None else seeds)
     check_training(config)
     starts = [SharedStart(chosen, config, Path(out or f"runs/{task}-{profile}"), seed, progress) for seed in seeds]
-    results = _all_seeds(starts, runs, progress)
-    record = {"task": task, **_record(starts[0], profile, seeds, results)}
-    write_json(starts[0].folder / "comparison.json", record)
+    record: dict = {}
+    for results in _all_seeds(starts, runs, progress):
+        record = {"task": task, **_record(starts[0], profile, seeds, results)}
+        write_json(starts[0].folder / "comparison.json", record)
+        if each is not None: each(record)
     return record
 
 # %% ../../../nbs/experiments/compare/10_run.ipynb #c8a85cc6
-def _all_seeds(starts: list[SharedStart], runs: Mapping[str, LossRun], progress: bool) -> list[dict]:
-    "The records of all runs, the seeds one after another; only the first start is kept in memory."
+def _all_seeds(starts: list[SharedStart], runs: Mapping[str, LossRun], progress: bool) -> Iterator[list[dict]]:
+    "The records so far, after each run, the seeds one after another; only the first start is kept in memory."
     code = code_of_runs(starts[0].task, runs)
     paths = [{label: run_path(shared, label, run, code[label]) for label, run in runs.items()} for shared in starts]
     _say_kept([path for of_seed in paths for path in of_seed.values()], progress)
     results: list[dict] = []
     with tqdm(total=len(runs) * len(starts), desc=starts[0].task.name, unit="run", disable=not progress) as outer:
         for shared, of_seed in zip(list(starts), paths, strict=True):
-            results += _run_all(shared, runs, of_seed, outer)
+            for result in _run_all(shared, runs, of_seed, outer):
+                results.append(result)
+                yield results
             if shared is not starts[0]: shared.forget()
-    return results
 
 
 def _record(shared: SharedStart, profile: str, seeds: Sequence[int], results: list[dict]) -> dict:
@@ -169,7 +175,9 @@ def _record(shared: SharedStart, profile: str, seeds: Sequence[int], results: li
     problem = shared.problem
     with threads_for(shared.parameters): made_on = hardware()
     seconds = sum(run.get("seconds", 0) + run.get("evaluation_seconds", 0) for run in results)
-    return {"profile": profile, "description": shared.task.description,
-            "config": asdict(shared.config), "seeds": list(seeds), "versions": versions(), "hardware": made_on,
-            "wall_seconds": round(seconds, 1), "problem": problem.info, "start": shared.start, "value": problem.value,
-            "optimum": [list(point) for point in problem.optimum], "runs": results}
+    done = {run["seed"] for run in results}
+    return {"profile": profile, "description": shared.task.description, "config": asdict(shared.config),
+            "seeds": [seed for seed in seeds if seed in done], "models": digests(shared.config),
+            "versions": versions(), "hardware": made_on, "wall_seconds": round(seconds, 1), "problem": problem.info,
+            "start": shared.start, "answers": shared.answers, "value": problem.value,
+            "optimum": [list(point) for point in problem.optimum], "runs": list(results)}
