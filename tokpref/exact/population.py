@@ -73,6 +73,7 @@ def table_stats(
     baseline: Tensor | None = None,     # [S] b_φ(s), for the losses that learn one
     *,
     kl: bool = True,                    # also the forward KL at each state
+    reverse_kl: bool = False,           # also the reverse KL at each state, without gradient
     reference: bool = True,             # also the reference's log-probabilities
 ) -> tuple[TokenStats, TokenStats]:     # chosen and rejected, P rows each
     "The statistics of every pair, looked up in tables instead of computed by a model."
@@ -81,11 +82,13 @@ def table_stats(
     logps = at_tokens(log_policy)
     ref_logps = at_tokens(tree.ref_logps) if reference else None
     forward_kl = at_states(kl_divergence(tree.ref_logps, log_policy)) if kl else None
+    other_kl = at_states(kl_divergence(log_policy, tree.ref_logps).detach()) if reverse_kl else None
     baselines = None if baseline is None else at_states(baseline)
 
     def side(rows: Tensor) -> TokenStats:
         pick = lambda values: None if values is None else values[rows]
-        return TokenStats(logps[rows], pick(ref_logps), pairs.mask[rows], kl=pick(forward_kl), baseline=pick(baselines))
+        return TokenStats(logps[rows], pick(ref_logps), pairs.mask[rows], kl=pick(forward_kl), baseline=pick(baselines),
+                          reverse_kl=pick(other_kl))
     return side(pairs.chosen), side(pairs.rejected)
 
 # %% ../../nbs/library/exact/02_population.ipynb #976d76db
@@ -98,7 +101,8 @@ def population_loss(
     baseline: Tensor | None = None,     # [S] for a loss that needs one
 ) -> Tensor:                            # scalar
     "Σ W ℓ over all pairs, as if there were infinitely many. The loss gets the statistics its spec asks for, no others."
-    chosen, rejected = table_stats(tree, log_policy, pairs, baseline, kl=spec.kl, reference=spec.reference)
+    wanted = {"kl": spec.kl, "reverse_kl": spec.reverse_kl, "reference": spec.reference}
+    chosen, rejected = table_stats(tree, log_policy, pairs, baseline, **wanted)
     return pairs.weights @ spec(chosen, rejected, **options).losses
 
 # %% ../../nbs/library/exact/02_population.ipynb #6b1f0c04
