@@ -33,7 +33,7 @@ import rooms  # noqa: E402
 
 NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
 CHAPTERS = [p for p in NOTEBOOKS if p.name != "index.ipynb"]
-DERIVATIONS = [p for p in NOTEBOOKS if p.parent.name == "derivations" and not p.name.startswith("00")]
+DERIVATIONS = [p for p in NOTEBOOKS if p.parent.name == "derivations" and re.match(r"(?!00)\d", p.name)]
 MODULES = sorted(
     p for p in (ROOT / "tokpref").rglob("*.py") if p.name not in ("__init__.py", "__main__.py", "_modidx.py")
 )

@@ -41,7 +41,7 @@ CALLOUT = re.compile(
     r"^(:{3,} *\{[^}\n]*\.callout-(\w+)(?:[^}\n]*title=\"([^\"]*)\")?[^}\n]*\})\n+(?:#+ (.*)\n)?", re.M
 )
 REFERENCE = re.compile(r"(?<![\w`@/])@((?:eq|fig|sec|tbl)-[\w-]*\w)")
-GLOSSARY = "derivations/00_words.ipynb"
+GLOSSARY = "derivations/words.ipynb"
 
 
 class SiteError(Exception):
