@@ -43,7 +43,10 @@ setup(
     },
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
-    extras_require={extra: cfg[f"{extra}_requirements"].split() for extra in ("notebooks", "dev", "site")},
+    extras_require={
+        extra: cfg[f"{extra}_requirements"].split()
+        for extra in ("notebooks", "dev", "site", "tensorboard", "quantization")
+    },
     entry_points={
         "console_scripts": cfg["console_scripts"].split(),
         "nbdev": [f"{cfg['lib_name']}={cfg['lib_path']}._modidx:d"],

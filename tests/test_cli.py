@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from tokpref import cli, training
+from tokpref import LOSSES, cli, training
 from tokpref.cli import main, read_yaml, train_settings
 
 PAIRS = [{"prompt": f"say {word} ", "chosen": word + "!", "rejected": other + ", never"}
@@ -202,6 +202,54 @@ def test_names_of_trl_are_settings_too(run, home, made):
 def test_help_names_the_reference_of_an_adapter(capsys):
     with pytest.raises(SystemExit): main(["train", "--help"])
     assert re.search(r"--ref REF.*the model as it starts, with its adapter", " ".join(capsys.readouterr().out.split()))
+
+
+def test_sums_of_losses_are_given_as_text_or_as_weights(run, home, made, tmp_path):
+    (tmp_path / "run.yaml").write_text("model: m\ndata: d\nloss: {dpo: 1, sft: 0.1}\n")
+    file = cli.make_parser().parse_args(["train", str(tmp_path / "run.yaml")])
+    assert train_settings(file)[1]["loss"] == "dpo+0.1*sft" == settings("--loss", "dpo+0.1*sft")[1]["loss"]
+    train = "train", "--model", home / "model", "--output", home / "out", *STEP
+    assert run(*train, "--loss", "tdpo2+0.5*sft", "--set", "loss_options={tdpo2.alpha: 0.1}")[0] == 0
+    assert made[-1].spec.kl and made[-1].args.options == {"tdpo2.alpha": 0.1}
+    code, text = run(*train, "--loss", "dpo+0.1*sfd")
+    assert code == 2 and "did you mean 'sft'?" in text
+
+
+OWN_LOSS = """
+from tokpref import LOSSES, LossSpec, PairLoss
+
+def calm_loss(chosen, rejected, beta=0.1):
+    result = LOSSES["dpo"](chosen, rejected, beta=beta)
+    return PairLoss(0.5 * result.losses, result.chosen_rewards, result.rejected_rewards)
+
+LOSSES["calm"] = LossSpec(calm_loss, source="here")
+"""
+
+
+def test_a_loss_of_ones_own_is_imported(run, home, made, tmp_path):
+    (tmp_path / "json.py").write_text(OWN_LOSS)         # a name that is taken
+    own = "--import", tmp_path / "json.py"
+    try:
+        code, text = run("train", "--model", home / "model", "--loss", "calm", "--output", home / "out", *own, *STEP)
+        assert code == 0 and made[-1].args.loss == "calm", text
+        assert sys.modules["json"] is json
+        given = "evaluate", "--model", home / "adapter", "--split", "train", "--json", home / "numbers.json"
+        losses = {}
+        for loss in ("dpo", "calm"):
+            assert run(*given, "--loss", loss, *own)[0] == 0
+            losses[loss] = json.loads((home / "numbers.json").read_text())["loss"]
+        assert losses["calm"] == pytest.approx(losses["dpo"] / 2)
+    finally: LOSSES.pop("calm", None)
+    for what, said in ((tmp_path / "no.py", "no such file"), ("no_such_module", "ModuleNotFoundError")):
+        code, text = run("train", "--model", home / "model", "--import", what)
+        assert code == 2 and f"--import {what}: " in text and said in text
+
+
+def test_four_bits_want_an_adapter(run, home):
+    code, text = run("train", "--model", home / "model", "--load-in-4bit", *STEP)
+    assert code == 2 and "--load-in-4bit leaves no weight to train: add --lora 16" in text
+    loaded = settings("--load-in-4bit", "--lora", "4", "--set", "model_init_kwargs={dtype: bfloat16}")[1]
+    assert loaded["model_init_kwargs"] == {"dtype": "bfloat16", "load_in_4bit": True}
 
 
 # The way in

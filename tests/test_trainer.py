@@ -1,7 +1,9 @@
 """What the trainer says before its first step, what it computes where precision, adapters and stored numbers meet."""
 
 import copy
+import dataclasses
 import doctest
+import importlib.util
 import logging
 import re
 from pathlib import Path
@@ -29,9 +31,10 @@ from tokpref import LOSSES, PreferenceConfig, PreferenceTrainer, metrics, prepar
 from tokpref.engine import pair_loss
 from tokpref.losses.types import LossSpec, PairLoss
 from tokpref.models import disable_dropout, layers_of
-from tokpref.training import load_baseline_head, model_card
+from tokpref.training import load_baseline_head, model_card, trl
 from tokpref.training.card import hub_name
 from tokpref.training.config import check_streams
+from tokpref.training.reference import mix_into
 from tokpref.training.setup import not_finite
 
 PAIRS = [{"prompt": f"say {word} ", "chosen": word + "!", "rejected": other + ", never"}
@@ -155,6 +158,38 @@ def test_a_model_without_trainable_weights_is_refused(make, model):
     )
 
 
+def test_a_model_by_name_is_loaded_as_asked(make, model, tokenizer, tmp_path, monkeypatch):
+    for part in ("policy", "reference"): model.save_pretrained(tmp_path / part)
+    names = dict(model=str(tmp_path / "policy"), ref_model=str(tmp_path / "reference"))
+    trainer = make(names, model_init_kwargs={"dtype": "bfloat16", "attn_implementation": "eager"})
+    for part in (trainer.model, trainer.ref_model):
+        assert part.dtype == torch.bfloat16 and part.config._attn_implementation == "eager"
+    assert make(names, model_init_kwargs='{"dtype": "float64"}').model.dtype == torch.float64
+    with pytest.raises(ValueError, match="model_init_kwargs would be ignored: no model is given by name"):
+        make(model_init_kwargs={"dtype": "float32"})
+    with pytest.raises(ValueError, match="dtype must be float32, .*got 'int8'"):
+        make(names, model_init_kwargs={"dtype": "int8"})
+    with pytest.raises(FileNotFoundError, match="cannot load .*no_such"):
+        make(names, model_init_kwargs={"attn_implementation": "no_such"})
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, find=importlib.util.find_spec: None
+                        if name == "bitsandbytes" else find(name))
+    with pytest.raises(ValueError, match="bitsandbytes is not installed: .*quantization"):
+        make(names, model_init_kwargs={"load_in_4bit": True})
+
+
+def test_quantised_weights_need_an_adapter(make, model):
+    quantised = copy.deepcopy(model)
+    quantised.is_quantized = True
+    with pytest.raises(ValueError, match="quantised weights can't be trained: add an adapter"):
+        make(dict(model=quantised))
+
+
+def test_deepspeed_is_refused_in_a_sentence(make, monkeypatch):
+    with pytest.raises(ValueError, match="DeepSpeed is not supported: .*FSDP2"): make(deepspeed="zero3.json")
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(ValueError, match="DeepSpeed is not supported: .*FSDP2"): make()
+
+
 def test_weights_too_coarse_for_their_updates_are_told(make, model, caplog):
     with caplog.at_level(logging.WARNING, "tokpref.training"):
         make()
@@ -275,6 +310,51 @@ def test_entropy_is_measured_without_a_reference(make, settings):
     assert "eval_entropy" not in make(dict(eval_dataset=PAIRS), eval_kl=False, **settings).evaluate()
 
 
+def test_a_reference_follows_the_policy(make, model):
+    steady = dict(max_steps=4, learning_rate=1e-2, lr_scheduler_type="constant", logging_steps=1, beta=1.0)
+    losses = lambda trainer: [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    new = LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True, task_type="CAUSAL_LM")
+    for policy in (model, get_peft_model(copy.deepcopy(model), new), adapted(model)):
+        fixed = make(dict(model=copy.deepcopy(policy)), **steady)
+        moved = make(dict(model=copy.deepcopy(policy)), sync_ref_model=True, ref_model_mixup_alpha=1.0,
+                     ref_model_sync_steps=2, **steady)
+        for trainer in (fixed, moved): trainer.train()
+        assert losses(moved)[:2] == pytest.approx(losses(fixed)[:2], abs=1e-6)
+        assert losses(moved)[2] == pytest.approx(0.693147, abs=1e-5) != pytest.approx(losses(fixed)[2], abs=1e-5)
+        assert_close([*moved.ref_model.parameters()], [*moved.model.parameters()], rtol=0, atol=0)
+
+
+def test_a_share_of_the_policy_is_mixed_in(model):
+    reference, policy = shifted(model), shifted(model)
+    wanted = [0.3 * ours + 0.7 * theirs for ours, theirs in
+              zip(policy.parameters(), reference.parameters(), strict=True)]
+    mix_into(reference, policy, 0.3)
+    assert_close([*reference.parameters()], wanted)
+
+
+@pytest.mark.parametrize("settings, said", [
+    (dict(ref_model_sync_steps=4), "ref_model_sync_steps would be ignored: set sync_ref_model=True"),
+    (dict(sync_ref_model=True, loss="simpo"), "sync_ref_model would be ignored: 'simpo' has no reference"),
+    (dict(sync_ref_model=True, precompute_ref_logps=True), "sync_ref_model moves the reference"),
+    (dict(sync_ref_model=True, ref_model_mixup_alpha=1.5), "ref_model_mixup_alpha must be in"),
+    (dict(sync_ref_model=True, ref_model_sync_steps=0), "ref_model_sync_steps must be at least 1"),
+])
+def test_a_reference_that_cannot_follow_is_refused_by_the_settings(make, settings, said):
+    with pytest.raises(ValueError, match=said): make(**settings)
+
+
+def test_a_reference_that_cannot_follow_is_refused(make, model):
+    sync = dict(sync_ref_model=True)
+    with pytest.raises(ValueError, match="can't mix two adapters"): make(dict(model=adapted(model)), **sync)
+    with pytest.raises(ValueError, match="needs a reference with the policy's own weights"):
+        make(dict(model=adapted(model), ref_model=copy.deepcopy(model)), ref_model_mixup_alpha=1.0, **sync)
+    with pytest.raises(ValueError, match="reference_without_adapter would be ignored: sync_ref_model"):
+        make(dict(model=adapted(model)), reference_without_adapter=True, **sync)
+    make(**sync, save_strategy="steps", save_steps=1).train()
+    with pytest.raises(ValueError, match="with sync_ref_model can't be resumed"):
+        make(**sync, max_steps=2).train(resume_from_checkpoint=True)
+
+
 # Data
 
 def test_sequences_longer_than_the_model_are_refused(make, model, tokenizer, tmp_path):
@@ -342,6 +422,64 @@ def test_arguments_of_the_chat_template_reach_it(make, tokenizer):
     with pytest.raises(ValueError, match="chat_template_kwargs .* JSON"): make(chat_template_kwargs="enable_thinking")
 
 
+# What is logged
+
+def test_a_log_says_where_the_loss_pulls(make):
+    for loss, beta, tokens in (("dpo", 0.5, 1.0), ("hinge", 0.5, 1.0), ("tbpo_a", 0.5, None)):
+        trainer = make(loss=loss, beta=beta, max_steps=2, logging_steps=2)
+        trainer.train()
+        entry, = (entry for entry in trainer.state.log_history if "loss" in entry)
+        assert entry["entropy"] > 0
+        if tokens is None: assert 0 < entry["learning/tokens"] < 1       # past the shorter response nothing pulls
+        else: assert entry["learning/tokens"] == tokens
+        if loss == "hinge": assert entry["learning/pull"] == pytest.approx(beta)
+        if loss == "dpo": assert 0 < entry["learning/pull"] <= beta / 2 + 1e-6
+    trainer = make(learning_signal=False, logging_steps=1)
+    trainer.train()
+    assert not {"entropy", "learning/pull"} & set(trainer.state.log_history[0])
+
+
+def test_the_learning_signal_changes_no_weight(make):
+    runs = []
+    for on in (True, False):
+        trainer = make(learning_signal=on, loss="tdpo2", logging_steps=1, max_steps=2)
+        trainer.train()
+        runs.append([*trainer.model.parameters()])
+    assert_close(*runs, rtol=0, atol=0)
+
+
+def _surprising(chosen, rejected, beta=0.1):
+    result = LOSSES["dpo"](chosen, rejected, beta=beta)
+    surety = (-chosen.per_token(chosen.need("entropy")).sum(-1) / chosen.lengths).exp()
+    far = chosen.per_token(chosen.need("reverse_kl")).sum(-1)
+    return PairLoss(surety * result.losses + far, result.chosen_rewards, result.rejected_rewards, {"surety": surety})
+
+
+@pytest.mark.parametrize("one_pass", [True, False])
+def test_training_and_evaluation_give_a_loss_the_same(make, model, monkeypatch, one_pass):
+    monkeypatch.setitem(LOSSES, "mine", LossSpec(_surprising, source="here", entropy=True, reverse_kl=True))
+    trainer = make(dict(ref_model=shifted(model), eval_dataset=PAIRS), loss="mine", logging_steps=1, one_pass=one_pass,
+                   learning_signal=False, eval_kl=False, per_device_train_batch_size=len(PAIRS))
+    before = trainer.evaluate()
+    trainer.train()
+    first = next(entry for entry in trainer.state.log_history if "loss" in entry)
+    for name in ("loss", "surety", "rewards/margins"):
+        assert first[name] == pytest.approx(before[f"eval_{name}"], rel=1e-5)
+
+
+def test_a_sum_of_losses_is_trained_and_logged(make, model):
+    given = dict(ref_model=shifted(model), eval_dataset=PAIRS)
+    parts = {loss: make(given, loss=loss).evaluate()["eval_loss"] for loss in ("dpo", "sft")}
+    trainer = make(given, loss="dpo+0.1*sft", beta=0.1, logging_steps=1)
+    result = trainer.evaluate()
+    assert result["eval_loss"] == pytest.approx(parts["dpo"] + 0.1 * parts["sft"], rel=1e-5)
+    assert result["eval_loss/sft"] == pytest.approx(parts["sft"], rel=1e-5)
+    trainer.train()
+    assert any({"loss/dpo", "loss/sft"} <= set(entry) for entry in trainer.state.log_history)
+    assert trainer.engine == {"one_pass": True, "shared_prompt": True}
+    assert "dpo+0.1*sft" in model_card(trainer)
+
+
 # Arguments
 
 @pytest.mark.parametrize("settings, said", [
@@ -372,7 +510,7 @@ def test_a_setting_without_effect_is_refused(tmp_path, settings, said):
     (dict(token_budget="all"), "token_budget must be a whole number or None, got 'all'"),
     (dict(loss=3), "loss must be text, got 3"),
     (dict(beta=[0.1]), "beta must be a number or None"),
-    (dict(rpo_alpha=1.0), "rpo_alpha is a setting of TRL's that is not here: a sum with"),
+    (dict(rpo_alpha=1.0), "rpo_alpha is a setting of TRL's that is not here: .*loss='dpo.1.0.sft'"),
     (dict(report_to="neptune"), "report_to: neptune is not installed here"),
 ])
 def test_a_setting_of_the_wrong_kind_is_named(tmp_path, settings, said):
@@ -388,27 +526,69 @@ def test_numbers_are_taken_as_they_are_written(tmp_path):
 
 @pytest.mark.parametrize("theirs, ours", [
     (dict(loss_type="sigmoid"), dict(loss="dpo")),
-    (dict(loss_type=["sigmoid"], label_smoothing=0.1), dict(loss="dpo", loss_options={"label_smoothing": 0.1})),
+    (dict(loss_type=["robust"], label_smoothing=0.2), dict(loss="robust", loss_options={"flip_rate": 0.2})),
+    (dict(loss_type=["sigmoid", "sft"], loss_weights=[1.0, 0.2]), dict(loss="dpo+0.2*sft")),
+    (dict(loss_type=["ipo", "sft"]), dict(loss="ipo+sft", loss_options={"ipo.average": True})),
+    (dict(loss_type="sigmoid_norm", beta=2.0), dict(loss="dpo_norm", beta=2.0)),
+    (dict(loss={"dpo": 1, "sft": 0.1}), dict(loss="dpo+0.1*sft")),
+    (dict(f_divergence_type="alpha_divergence", f_alpha_divergence_coef=0.3),
+     dict(loss_options={"f_divergence": "alpha", "alpha": 0.3})),
+    (dict(trust_remote_code=True), dict(model_init_kwargs={"trust_remote_code": True})),
     (dict(loss_type="ipo", beta=0.3), dict(loss="ipo", beta=0.3, loss_options={"average": True})),
     (dict(precompute_ref_log_probs=True), dict(precompute_ref_logps=True)),
 ])
 def test_names_of_trl_are_taken_where_they_mean_the_same(tmp_path, theirs, ours):
     named, plain = (PreferenceConfig(output_dir=str(tmp_path), **settings) for settings in (theirs, ours))
-    for name in ("loss", "options", "precompute_ref_logps"): assert getattr(named, name) == getattr(plain, name)
+    for name in ("loss", "options", "precompute_ref_logps", "model_init_kwargs"):
+        assert getattr(named, name) == getattr(plain, name)
 
 
 @pytest.mark.parametrize("settings, said", [
     (dict(loss_type="sigmoid", loss="dpo"), "loss_type and loss='dpo' set the same thing: leave one out"),
     (dict(precompute_ref_log_probs=True, precompute_ref_logps=False), "precompute_ref_log_probs and .* leave one out"),
-    (dict(label_smoothing=0.1, loss_options={"label_smoothing": 0.1}), "leave one out"),
+    (dict(loss_type="robust", label_smoothing=0.1, loss_options={"flip_rate": 0.1}), "leave one out"),
+    (dict(label_smoothing=0.1), "label_smoothing is ambiguous: .*'flip_rate': 0.1.*conservative DPO"),
+    (dict(loss_type="sigmoid", label_smoothing=0.1), "label_smoothing is ambiguous"),
+    (dict(loss_weights=[1.0]), "loss_weights would be ignored"),
+    (dict(loss_type=["sigmoid", "sft"], loss_weights=[1.0]), "loss_weights=.1.0. must be a list with a weight for"),
+    (dict(loss_type=["sigmoid", "sigmoid"]), "loss_type has 'sigmoid' twice"),
+    (dict(loss_type="hinge", f_divergence_type="js_divergence"), "option 'f_divergence' is not used by this loss"),
+    (dict(f_alpha_divergence_coef=0.3), "f_alpha_divergence_coef would be ignored"),
+    (dict(loss={"dpo": 0.0}), "the weight of 'dpo' must be a positive number"),
     (dict(loss_type="ipo", loss_options={"average": False}), "loss_type='ipo' and average=False set the same thing"),
-    (dict(loss_type="exo_pair"), "'exo_pair' is a loss of TRL's that is not here; .* sigmoid, ipo, .*dpo"),
-    (dict(loss_type=["sigmoid", "sft"]), "is a loss of TRL's that is not here"),
+    (dict(loss_type="exo_pair"), "'exo_pair' is a loss of TRL's that is not here; .* sigmoid, hinge, .*dpo"),
+    (dict(loss_type=["sigmoid", "aot"]), "is a loss of TRL's that is not here"),
     (dict(loss_type="tdpo2"), "is no name of TRL's: say loss='tdpo2'"),
     (dict(loss_type="ipo", label_smoothing=0.1), "label_smoothing"),
 ])
 def test_names_of_trl_that_mean_something_else_are_refused(tmp_path, settings, said):
     with pytest.raises(ValueError, match=said): PreferenceConfig(output_dir=str(tmp_path), **settings)
+
+
+# The fields of DPOConfig in TRL 1.16 that are not those of TrainingArguments or its own base
+DPO_CONFIG = """
+    learning_rate model_init_kwargs trust_remote_code router_aux_loss_coef disable_dropout dataset_num_proc max_length
+    truncation_mode padding_free pad_to_multiple_of precompute_ref_log_probs precompute_ref_batch_size loss_type
+    loss_weights ld_alpha f_divergence_type f_alpha_divergence_coef label_smoothing beta use_weighting discopop_tau
+    activation_offloading sync_ref_model ref_model_mixup_alpha ref_model_sync_steps pad_token
+""".split()
+DPO_LOSSES = """
+    sigmoid hinge ipo exo_pair nca_pair robust bco_pair sppo_hard aot aot_unpaired apo_zero apo_down discopop sft
+    sigmoid_norm
+""".split()
+
+
+def test_the_table_of_trl_names_every_setting_once(tmp_path):
+    assert sorted([*trl.TRL_SAME, *trl.TRL_RENAMED, *trl.TRL_MISSING]) == sorted(DPO_CONFIG)
+    assert sorted([*trl.TRL_LOSSES, *trl.TRL_LOSSES_MISSING]) == sorted(DPO_LOSSES)
+    ours = {field.name for field in dataclasses.fields(PreferenceConfig)}
+    assert set(trl.TRL_SAME) <= ours and not {*trl.TRL_RENAMED, *trl.TRL_MISSING, *trl.TRL_OLDER} & ours
+    for name in (*trl.TRL_MISSING, *trl.TRL_OLDER):
+        with pytest.raises(ValueError, match=f"{name} is a setting of TRL's that is not here"):
+            PreferenceConfig(output_dir=str(tmp_path), **{name: 1})
+    for name, (loss, options) in trl.TRL_LOSSES.items():
+        config = PreferenceConfig(output_dir=str(tmp_path), loss_type=name)
+        assert (config.loss, config.options) == (loss, options)
 
 
 def test_log_probs_that_trl_precomputed_are_refused(make):

@@ -8,6 +8,7 @@ __all__ = ['run_train', 'run_compare', 'run_evaluate', 'run_data', 'main']
 # %% ../../nbs/library/cli/02_commands.ipynb #541db53d
 import argparse
 import contextlib
+import importlib.util
 import json
 import logging
 import os
@@ -158,6 +159,21 @@ def _only_first_speaks(rank: int) -> Iterator[None]:
     with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere): yield
 
 
+def _import(what: str) -> None:
+    "Run a Python file, or import a module by its name. Raises `ValueError` for a file that is not there or fails."
+    try:
+        if not what.endswith(".py"):
+            importlib.import_module(what)
+            return
+        spec = importlib.util.spec_from_file_location(f"imported_{Path(what).stem}", what)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module
+        spec.loader.exec_module(module)
+    except FileNotFoundError: raise ValueError(f"--import {what}: no such file") from None
+    except Exception as error: raise ValueError(f"--import {what}: {type(error).__name__}: {error}") from error
+
+
 def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return lines[0] if lines else "no message, try --debug"
@@ -171,6 +187,7 @@ def main(argv: list[str] | None = None) -> int:
         logging.basicConfig(level=logging.WARNING, format="%(message)s")
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         try:
+            for what in getattr(args, "imports", ()): _import(what)
             _COMMANDS[args.command](args)
             return 0
         except KeyboardInterrupt as e: error, code, message = e, 130, "interrupted; what was saved is kept"

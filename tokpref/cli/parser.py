@@ -22,6 +22,11 @@ def _add_settings(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help=f"{what}, repeatable")
 
 
+def _add_import(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--import", dest="imports", action="append", default=[], metavar="FILE",
+                        help="a Python file or module that is run first, such as one that adds a loss, repeatable")
+
+
 def _add_source(parser: argparse.ArgumentParser, split: str) -> None:
     parser.add_argument(
         "--data", help="hub id, loader name, folder, or .jsonl/.json/.parquet file; see `tokpref data --list`")
@@ -54,11 +59,14 @@ def _add_train(commands) -> None:
                                              "or every --set eval_steps=N")
     parser.add_argument("--ref", help="hub id or folder of the reference "
                                       "(default: the model as it starts, with its adapter if it is one)")
-    parser.add_argument("--loss", help=f"one of {', '.join(LOSSES)} (default: dpo); "
+    parser.add_argument("--loss", help=f"one of {', '.join(LOSSES)} (default: dpo), or a sum such as dpo+0.1*sft; "
                                        "its options by --set, for adpo --set 'loss_options={window: 4}'")
     parser.add_argument("--beta", type=float, help="strength of the pull to the reference (default: the loss's own)")
     parser.add_argument("--output", help="folder for checkpoints and the trained model (default: tokpref-output)")
     parser.add_argument("--lora", type=int, metavar="R", help="train a LoRA adapter of rank R instead of all weights")
+    parser.add_argument("--load-in-4bit", action="store_true", default=None,
+                        help="weights of four bits, on which --lora trains an adapter (QLoRA)")
+    _add_import(parser)
     parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint in --output")
     _add_settings(parser, "any field of PreferenceConfig")
 
@@ -72,8 +80,9 @@ def _add_compare(commands) -> None:
     parser.add_argument("--task", default="toy", help="toy (a reward known exactly), sentiment, dialogue, "
                                                       "summarization, instructions, math (default: toy)")
     parser.add_argument("--profile", help="size of the task (default: the task's first)")
-    parser.add_argument("--losses", nargs="+", help="such as dpo, tdpo2:alpha=0.1, sweep (the profile's), "
-                                                    "sft, best-of-4, ppo (default: all losses)")
+    parser.add_argument("--losses", nargs="+", help="such as dpo, tdpo2:alpha=0.1, dpo+0.1*sft, sweep (the profile's), "
+                                                    "sft, best-of-4, ppo (default: the profile's)")
+    _add_import(parser)
     parser.add_argument("--seeds", nargs="+", type=int, help="each draws its own pairs and their order "
                                                              "(default: the profile's)")
     parser.add_argument("--out", help="folder for records and figure; a stopped comparison continues there "
@@ -94,6 +103,7 @@ def _add_evaluate(commands) -> None:
     parser.add_argument("--beta", type=float, help="default: the loss's own")
     parser.add_argument("--loss-options", metavar="OPTIONS",
                         help="more options of the loss, such as '{window: 4}' for adpo")
+    _add_import(parser)
     parser.add_argument("--batch-size", type=int, default=8, help="pairs at a time (default: 8)")
     _add_limits(parser)
     parser.add_argument("--json", metavar="FILE", help="also write the numbers to this file")

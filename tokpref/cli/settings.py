@@ -63,6 +63,13 @@ def read_config(path: str | None) -> dict[str, Any]:
 TO_LOAD = ("model", "data", "split", "config_name", "data_dir", "as_messages", "eval_data", "eval_split", "ref", "lora")
 
 
+def _four_bits(settings: dict[str, Any]) -> dict[str, Any]:
+    "`model_init_kwargs` with the weights in four bits. Raises `ValueError` without an adapter to train."
+    if not settings.get("lora"):
+        raise ValueError("--load-in-4bit leaves no weight to train: add --lora 16, an adapter of rank 16")
+    return {**(settings.get("model_init_kwargs") or {}), "load_in_4bit": True}
+
+
 def train_settings(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
     """(what to load, fields of `PreferenceConfig`) from file, flags and `--set`.
 
@@ -74,6 +81,7 @@ def train_settings(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, 
     settings |= {name: value for name, value in flags.items() if value is not None}
     settings |= parse_settings(args.set)
     settings = from_trl(settings)
+    if args.load_in_4bit: settings["model_init_kwargs"] = _four_bits(settings)
     if "output" in settings: settings["output_dir"] = settings.pop("output")
     for name in ("eval_strategy", "save_strategy", "logging_strategy"):
         if settings.get(name) is False: settings[name] = "no"       # YAML reads a bare `no` as false
