@@ -4,12 +4,11 @@
 
 # %% auto #0
 __all__ = ['NEVER_CALLED', 'BASELINE_FILE', 'check_arguments', 'check_token_budget', 'check_models', 'check_trainable',
-           'load_models', 'adapter_is_new', 'frozen_twin', 'choose_reference', 'row_lengths', 'check_positions',
-           'with_lengths', 'prepare_dataset', 'check_precompute', 'add_reference', 'make_baseline_head',
-           'load_baseline_head', 'add_to_optimizer', 'choose_engine', 'compile_by_layers', 'not_finite']
+           'load_models', 'row_lengths', 'check_positions', 'with_lengths', 'prepare_dataset', 'check_precompute',
+           'add_reference', 'make_baseline_head', 'load_baseline_head', 'add_to_optimizer', 'choose_engine',
+           'compile_by_layers', 'not_finite']
 
 # %% ../../nbs/library/training/01_setup.ipynb #469a3e5a
-import copy
 import logging
 import os
 from collections.abc import Callable
@@ -29,11 +28,10 @@ from tokpref.models import (
     add_adapter,
     base_model,
     compile_layers,
-    frozen,
     has_adapter,
     load_model,
     load_tokenizer,
-    pick_reference,
+    loading_options,
 )
 
 from ..data import PrepReport, check_tokenizer, prepare
@@ -125,51 +123,28 @@ def load_models(
     ref_model: nn.Module | str | None,  # the reference, or a name
     tokenizer: Any,                     # None: the one of a model given by name
     peft_config: Any = None,            # wraps the policy in a new adapter
+    *,
+    init: dict | None = None,           # `model_init_kwargs`, for what is given by name
 ) -> tuple[nn.Module, nn.Module | None, Any]:   # policy, reference, tokenizer
     "All three, loaded where they are names, with a fresh adapter if one is asked for. Errors as the checks above."
+    if init and not isinstance(model, str) and not isinstance(ref_model, str):
+        raise ValueError("model_init_kwargs would be ignored: no model is given by name")
+    options = loading_options(init)
     if isinstance(model, str):
-        tokenizer = tokenizer or load_tokenizer(model)
-        policy: nn.Module = load_model(model, trainable=True)
+        own = {name: options[name] for name in ("revision", "trust_remote_code") if name in options}
+        tokenizer = tokenizer or load_tokenizer(model, **own)
+        policy: nn.Module = load_model(model, trainable=True, options=options)
     else: policy = model
-    reference: nn.Module | None = load_model(ref_model) if isinstance(ref_model, str) else ref_model
+    if ref_model != model: options.pop("revision", None)        # that of another model
+    reference: nn.Module | None = load_model(ref_model, options=options) if isinstance(ref_model, str) else ref_model
     if tokenizer is None: raise ValueError("a tokenizer is needed: pass processing_class=tokenizer")
     check_models(policy, reference)
     check_tokenizer(tokenizer, base_model(policy))
+    if getattr(base_model(policy), "is_quantized", False) and peft_config is None and not has_adapter(policy):
+        raise ValueError("quantised weights can't be trained: add an adapter, peft_config=lora(16) or --lora 16")
     if peft_config is not None: policy = add_adapter(policy, peft_config)
     check_trainable(policy)
     return policy, reference, tokenizer
-
-# %% ../../nbs/library/training/01_setup.ipynb #0748c34c
-def adapter_is_new(model: nn.Module) -> bool:
-    "Whether a model's LoRA adapter changes nothing yet: its second matrices are all zero."
-    names = ("lora_B", "lora_embedding_B")
-    second = [weight for name, weight in model.named_parameters() if any(part in name for part in names)]
-    return bool(second) and not any(bool(weight.any()) for weight in second)
-
-
-def frozen_twin(model: nn.Module) -> nn.Module:
-    "A frozen copy that shares all weights which are not trained, so that of an adapter only the adapter is copied."
-    shared = {id(weight): weight for weight in model.parameters() if not weight.requires_grad}
-    return frozen(copy.deepcopy(model, shared))
-
-# %% ../../nbs/library/training/01_setup.ipynb #2cff7285
-def choose_reference(
-    policy: nn.Module,                  # as it is before training
-    ref_model: nn.Module | None,        # the reference, if there is a model of its own
-    args: PreferenceConfig,
-    needed: bool,                       # whether the loss has a reference
-) -> nn.Module | None:                  # frozen; None: the policy with its adapter off, or there is none
-    "The reference of a run. Raises `ValueError` if `reference_without_adapter` would do nothing."
-    if args.reference_without_adapter and (ref_model is not None or not has_adapter(policy)):
-        why = "the policy has no adapter" if ref_model is None else "ref_model is the reference"
-        raise ValueError(f"reference_without_adapter would be ignored: {why}")
-    trained_before = has_adapter(policy) and not adapter_is_new(policy)
-    if ref_model is None and trained_before and not args.reference_without_adapter:
-        _tell(logging.WARNING, "reference: the policy as it was handed over, its adapter copied and frozen "
-              "(reference_without_adapter=True takes the base model instead)")
-        return frozen_twin(policy)
-    reference = pick_reference(policy, ref_model, otherwise="copy" if needed else "none")
-    return None if reference is None else frozen(reference)
 
 # %% ../../nbs/library/training/01_setup.ipynb #7d1b1463
 def row_lengths(rows: Dataset) -> np.ndarray:

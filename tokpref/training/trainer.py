@@ -21,11 +21,12 @@ from ..data import PreferenceCollator, PrepReport
 from ..engine.one_pass import BatchLoss, pair_loss
 from ..engine.packing import split_by_tokens
 from ..losses.registry import LossSpec, check_loss
-from ..metrics import RunningAverages, pair_metrics
+from ..metrics import RunningAverages, learning_signal, pair_metrics
 from ..models import disable_dropout, has_adapter, max_positions, reference_of
 from . import setup
 from .card import model_card
 from .config import PreferenceConfig, check_streams
+from .reference import MovingReference, check_movable, choose_reference
 
 # %% ../../nbs/library/training/03_trainer.ipynb #848ece6d
 class PreferenceTrainer(Trainer):
@@ -56,8 +57,9 @@ class PreferenceTrainer(Trainer):
         if args.precompute_ref_logps: setup.check_precompute(self.spec, args.loss)
 
         set_seed(args.seed)                         # a new adapter is random
-        policy, ref_model, tokenizer = setup.load_models(model, ref_model, processing_class, peft_config)
-        self.ref_model = setup.choose_reference(policy, ref_model, args, needed=self.spec.reference)
+        policy, ref_model, tokenizer = setup.load_models(
+            model, ref_model, processing_class, peft_config, init=cast(dict, args.model_init_kwargs))
+        self.ref_model = choose_reference(policy, ref_model, args, needed=self.spec.reference)
         self.adapter_off: bool = self.ref_model is None and has_adapter(policy)     # that is the reference
         for module in (policy, self.ref_model) if args.disable_dropout else ():
             if module is not None: disable_dropout(module)
@@ -88,6 +90,7 @@ class PreferenceTrainer(Trainer):
         if self.spec.baseline:
             self.baseline_head = setup.make_baseline_head(policy, args.baseline_width, self.accelerator)
         if self.ref_model is not None: self.ref_model.to(args.device)
+        if args.sync_ref_model: self.move_reference(args)
         if args.precompute_ref_logps: self.precompute_reference()
 
     def precompute_reference(self) -> None:
@@ -100,7 +103,19 @@ class PreferenceTrainer(Trainer):
             self.eval_dataset = add(self.eval_dataset)
         self.ref_model = None
 
+    def move_reference(self, args: PreferenceConfig) -> None:
+        "Have the reference follow the policy."
+        policy, share = cast(nn.Module, self.model), args.ref_model_mixup_alpha
+        check_movable(self.ref_model, policy, share, sharded=self.is_fsdp_enabled)
+        self.add_callback(MovingReference(cast(nn.Module, self.ref_model), share, args.ref_model_sync_steps))
+
     # A step
+
+    def will_log(self) -> bool:
+        "Whether the step under way is one that is logged."
+        step, every = self.state.global_step + 1, self.state.logging_steps or 1
+        if self.args.logging_strategy != "steps": return True
+        return step % int(every) == 0 or (step == 1 and self.args.logging_first_step)
 
     def batch_loss(self, model: nn.Module, inputs: dict[str, Any]) -> BatchLoss:
         "Loss and statistics: what the loss needs, and at evaluation what a reader of the log wants."
@@ -109,13 +124,14 @@ class PreferenceTrainer(Trainer):
             raise ValueError("precompute_ref_logps has let go of the reference: "
                              "give these data as eval_dataset when the trainer is made")
         curious = self.args.eval_kl and not model.training
+        entropy = curious or (model.training and self.args.learning_signal and self.will_log())
         kl = self.spec.kl or (curious and has_reference)
         with self.accelerator.autocast():
             if self.engine is None:
                 self.engine = setup.choose_engine(
                     self.args, model, self.ref_model, inputs, self.loss, self.baseline_head)
             return pair_loss(
-                model, self.ref_model, inputs, self.loss, kl=kl, entropy=kl or curious, baseline=self.baseline_head,
+                model, self.ref_model, inputs, self.loss, kl=kl, entropy=entropy, baseline=self.baseline_head,
                 chunk_size=self.args.chunk_size, workspace=self.args.workspace,
                 one_pass=self.engine["one_pass"], shared_prompt=self.engine["shared_prompt"])
 
@@ -129,6 +145,7 @@ class PreferenceTrainer(Trainer):
         if not model.training: self.check_finite()
         metrics = {"loss": pairs.losses.float(), **pair_metrics(pairs, chosen, rejected)}
         if model.training:
+            if self.args.learning_signal and self.will_log(): metrics |= learning_signal(self.loss, chosen, rejected)
             self.averages["train"].add(metrics)
             loss = loss * self.share
         else:       # gathered without the pairs that were repeated to fill a batch
@@ -245,6 +262,8 @@ class PreferenceTrainer(Trainer):
         self.accelerator.unwrap_model(self.baseline_head).load_state_dict(setup.load_baseline_head(folder).state_dict())
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
+        if self.args.sync_ref_model:
+            raise ValueError("a run with sync_ref_model can't be resumed: no checkpoint has its reference; start again")
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         self.load_head(resume_from_checkpoint)
 
