@@ -173,7 +173,7 @@ def loading_options(
 def _quantisation(config: dict) -> transformers.BitsAndBytesConfig:
     "Settings of bitsandbytes; those of QLoRA where nothing else is said."
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise ValueError("bitsandbytes is not installed: pip install 'tokpref[quantization]'")
+        raise ValueError("bitsandbytes is not installed: install it, or this package with its extra [quantization]")
     qlora = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": torch.bfloat16}
     return transformers.BitsAndBytesConfig(**{**(qlora if config.get("load_in_4bit") else {}), **config})
 

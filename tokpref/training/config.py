@@ -138,8 +138,7 @@ def check_settings(args: "PreferenceConfig", spec: LossSpec) -> None:
     not_here = _REPORTERS - set(get_available_reporting_integrations())
     missing = [name for name in args.report_to or () if name in not_here]
     if missing:
-        extra = " (pip install 'tokpref[tensorboard]')" if missing[0] == "tensorboard" else ""
-        raise ValueError(f"report_to: {missing[0]} is not installed here: install it{extra}, or set report_to to none")
+        raise ValueError(f"report_to: {missing[0]} is not installed here: install it, or set report_to to none")
     def changed(name: str) -> bool: return getattr(args, name) not in (defaults[name], None, [])
 
     for name in ("token_budget", "chunk_size", "workspace"):
