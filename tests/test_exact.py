@@ -1,4 +1,4 @@
-"""What crosses chapters 3 and 8: which optimum each loss finds, on several languages, and what `fit` refuses."""
+"""What crosses chapters 4 and 8: which optimum each loss finds, on several languages, and what `fit` refuses."""
 import pytest
 import torch
 from torch.testing import assert_close
