@@ -41,6 +41,7 @@ CALLOUT = re.compile(
     r"^(:{3,} *\{[^}\n]*\.callout-(\w+)(?:[^}\n]*title=\"([^\"]*)\")?[^}\n]*\})\n+(?:#+ (.*)\n)?", re.M
 )
 REFERENCE = re.compile(r"(?<![\w`@/])@((?:eq|fig|sec|tbl)-[\w-]*\w)")
+LINK_IN_LINK = re.compile(r"\[\[(`[^`\n]+`)\]\([^)\s]*\)\]\(")      # nbdev links a name, in a link of ours too
 GLOSSARY = "derivations/words.ipynb"
 
 
@@ -107,6 +108,7 @@ def number_equations(text: str) -> tuple[str, dict[str, str]]:
 
 def resolve(page: Page, pages: list[Page], site: dict, markdown: str) -> str:
     "Equations get numbers, references to them words; links to notebooks lead to pages, others to the repository."
+    markdown = LINK_IN_LINK.sub(r"[\1](", markdown)
     blocks = re.split(r"(^(`{3,}).*?^\2\s*$|`[^`\n]+`)", markdown, flags=re.S | re.M)
     texts = [block for i, block in enumerate(blocks) if i % 3 != 2]     # the fence itself is a group of its own
     joined = "\0".join(text if i % 2 == 0 else f"\1{i}\1" for i, text in enumerate(texts))

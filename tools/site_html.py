@@ -1,5 +1,6 @@
 """What a page's HTML gets after pandoc: colours of code, formulas, boxes that scroll, links, words with meanings."""
 import html
+import itertools
 import json
 import re
 import subprocess
@@ -8,9 +9,10 @@ from pathlib import Path
 
 from pygments.lexers import get_lexer_by_name
 from pygments.token import Comment, Keyword, Name, Number, Operator, String, Token
+from pygments.util import ClassNotFound
 
 PARTS = Path(__file__).resolve().parent / "site"
-CODE = re.compile(r'<pre class="(python|bash|sh|json|yaml|toml|ini|text|diff)"><code>(.*?)</code></pre>', re.S)
+CODE = re.compile(r'<pre class="(?!output)([\w-]+)"><code>(.*?)</code></pre>', re.S)
 OUTPUT = re.compile(r'<pre class="(output[^"]*)"><code>(.*?)</code></pre>', re.S)
 PLAIN = re.compile(r"<pre><code>(.*?)</code></pre>", re.S)
 TABLE = re.compile(r"<table.*?</table>", re.S)
@@ -19,7 +21,7 @@ HEADING = re.compile(r'<h([23])([^>]*) id="([^"]+)"([^>]*)>(.*?)</h\1>', re.S)
 ALIGNED = re.compile(r"^(.*?)\\begin\{(aligned|alignedat)\}(?:\{\d+\})?(.*)\\end\{\2\}(.*)$", re.S)
 PAPER = re.compile(r"(?:https?://(?:www\.)?arxiv\.org/(?:abs|pdf)/|arXiv[:\s]\s*)(\d{4}\.\d{4,5})(?:v\d+)?\b", re.I)
 NUMBER = re.compile(r"(?<![\w.])((?:0[7-9]|1\d|2\d)(?:0[1-9]|1[0-2])\.\d{5})(?:v\d+)?\b(?!\.\d)")
-BREAKABLE = re.compile(r"[^\w\s.,()\[\]{}'\"=:;@#+*<>&~^$\\]")      # after these a browser may break a line
+BREAKABLE = re.compile(r"[^\w\s]\S")     # a browser may break a run of characters at such places
 COLORS = [(Comment, "co"), (Keyword.Constant, "nu"), (Keyword, "kw"), (Operator.Word, "kw"), (Name.Builtin.Pseudo, ""),
           (Name.Builtin, "fn"), (Name.Function, "fn"), (Name.Class, "fn"), (Name.Decorator, "fn"), (Name.Tag, "kw"),
           (String, "st"), (Number, "nu")]
@@ -31,12 +33,14 @@ VOID = {"img", "br", "hr", "input", "meta", "link", "col", "wbr"}
 def colored(code: str, language: str) -> str:
     "Code as lines of coloured parts; a line that must wrap hangs below its own beginning and breaks at spaces only."
     code = re.sub(r"\[(`[^`]+`)\]\(https?://[^)\s]*\)", r"\1", code)     # a link that nbdev set in a comment
-    lexer = get_lexer_by_name(language, stripnl=False, ensurenl=False)
+    try: lexer = get_lexer_by_name(language, stripnl=False, ensurenl=False)
+    except ClassNotFound: lexer = get_lexer_by_name("text", stripnl=False, ensurenl=False)
     lines: list[list[tuple[str, str]]] = [[]]
     for kind, value in lexer.get_tokens(code):
         color = next((name for token, name in COLORS if kind in token), "") if kind is not Token.Text else ""
         first, *rest = value.split("\n")
-        lines[-1].append((color, first))
+        if lines[-1] and lines[-1][-1][0] == color: lines[-1][-1] = (color, lines[-1][-1][1] + first)
+        else: lines[-1].append((color, first))
         for part in rest: lines.append([(color, part)])
     while lines and not any(value for _, value in lines[-1]): lines.pop()
     return "".join(code_line(parts) for parts in lines)
@@ -52,17 +56,26 @@ def code_line(parts: list[tuple[str, str]]) -> str:
                 runs += [run, [(color, piece)]]
                 run = []
             else: run.append((color, piece))
-    inner = "".join(map(code_run, [*runs, run]))
     indent = len(text) - len(text.lstrip(" "))
     style = f' style="--in:{indent}ch"' if indent else ""
+    together = itertools.groupby((code_run(run) for run in [*runs, run] if run), key=lambda part: part[0])
+    inner = "".join(in_color(color, "".join(piece for _, piece in pieces)) for color, pieces in together)
     return f'<span class="line"{style}>{inner}\n</span>'
 
 
-def code_run(run: list[tuple[str, str]]) -> str:
-    "The coloured parts of one run without spaces; kept on one line if a browser might break it."
-    said = [(color, html.escape(value, quote=False)) for color, value in run]
-    inner = "".join(f'<span class="{color}">{value}</span>' if color else value for color, value in said)
-    return f'<span class="nb">{inner}</span>' if BREAKABLE.search("".join(value for _, value in run)) else inner
+def in_color(color: str, piece: str) -> str:
+    return f'<span class="{color}">{piece}</span>' if color and piece.strip() else piece
+
+
+def code_run(run: list[tuple[str, str]]) -> tuple[str, str]:
+    "(colour, HTML) of a run without spaces, kept on one line if a browser might break it; no colour if it has several."
+    colors = {color for color, _ in run}
+    text, one = "".join(value for _, value in run), colors.pop() if len(colors) == 1 else None
+    pieces = [(color, html.escape(value, quote=False)) for color, value in run]
+    inner = "".join(piece if one is not None else in_color(color, piece) for color, piece in pieces)
+    paper = re.fullmatch(r"\W*\d{4}\.\d{4,5}\W*", text)      # a number that becomes a link stays as it is
+    if BREAKABLE.search(text) and not paper: inner = f'<span class="nb">{inner}</span>'
+    return one or "", inner
 
 
 def boxed(kind: str, inner: str) -> str:
@@ -82,6 +95,8 @@ def code_boxes(body: str) -> str:
 def sized(table: str) -> str:
     "A table without the widths that pandoc took from its dashes; cells with a sentence in them are marked."
     table = re.sub(r"<colgroup>.*?</colgroup>|(?<=<table) style=\"width:[^\"]*\"", "", table, flags=re.S)
+    table = re.sub(r"<thead>\s*<tr[^>]*>(\s*<th[^>]*></th>)+\s*</tr>\s*</thead>", "", table)
+    table = re.sub(r"<th([^>]*)></th>", r"<td\1></td>", table)         # an empty heading says nothing
     return re.sub(r"<td(?=[^>]*>[^\n]{60,}</td>)", '<td class="long"', table)
 
 
@@ -257,7 +272,10 @@ def anchor_headings(body: str) -> str:
 
 def prose(body: str) -> str:
     "The sentences of some HTML, without code, formulas and tables."
-    left_out = r'<span class="math[^>]*>.*?</span>|<(pre|script|style|summary|button|figure|table)\b.*?</\1>'
+    left_out = (
+        r'<span class="math[^>]*>.*?</span>|<a[^>]* class="badge".*?</a>'
+        r"|<(pre|script|style|summary|button|figure|table)\b.*?</\1>"
+    )
     return " ".join(html.unescape(re.sub(r"<[^>]+>", " ", re.sub(left_out, " ", body, flags=re.S))).split())
 
 

@@ -80,7 +80,7 @@ for (const id of links.keys()) seen.observe(document.getElementById(id));
 // Figures with sliders
 for (const figure of $$("figure.slides")) {
   const frames = JSON.parse($("script", figure).textContent), inputs = $$("input", figure), image = $("img", figure);
-  const fetchAll = () => { for (const source of Object.values(frames)) new Image().src = source; };
+  const fetchAll = () => { image.loading = "eager"; for (const source of Object.values(frames)) new Image().src = source; };
   figure.addEventListener("pointerenter", fetchAll, { once: true });
   figure.addEventListener("focusin", fetchAll, { once: true });
   for (const input of inputs) input.addEventListener("input", () => {
@@ -130,10 +130,10 @@ const load = (name) => new Promise((done) => document.head.append(made("script",
 let engine;    // made when somebody first searches: the index is the largest file of the site
 const ready = () => engine ??= Promise.all([load("minisearch.js"), load("index.js")]).then(() => {
   const engine = new MiniSearch({
-    fields: ["keywords", "title", "page", "promise", "text", "code"], storeFields: ["url", "page", "title", "text", "promise"],
-    extractField: (entry, field) => (field === "title" ? entry.title || entry.page : field === "page" && !entry.title ? "" : entry[field]),
+    fields: ["keywords", "name", "page", "promise", "text", "code"], storeFields: ["url", "page", "title", "text", "promise"],
+    extractField: (entry, field) => (field === "name" ? entry.title || entry.page : entry[field]),
     searchOptions: {
-      boost: { keywords: 40, title: 12, promise: 3, page: 1, text: 1, code: 0.4 }, prefix: (term) => term.length > 2, combineWith: "AND",
+      boost: { keywords: 40, name: 12, promise: 3, page: 1, text: 1, code: 0.4 }, prefix: (term) => term.length > 2, combineWith: "AND",
       fuzzy: (term) => (term.length > 5 ? 0.2 : 0), boostDocument: (id, term, stored) => (stored.title ? 1 : 2.5) },
   });
   engine.addAll(PAGES);
@@ -151,6 +151,12 @@ function excerpt(hit) {
   const parts = shown.split(new RegExp(`(?<![\\p{L}\\d])(${words})`, "iu"));
   return parts.length > 2 ? [parts[0], made("mark", { textContent: parts[1] }), parts.slice(2).join("") + cut] : [shown + cut];
 }
+// A title that is just what was asked for comes first, that of a page before that of a section
+const bare = (title) => title.toLowerCase().replace(/^\d+ · /, "").trim();
+function rank(hits, text) {
+  const exact = (hit) => (bare(hit.title || hit.page) === bare(text) ? (hit.title ? 1 : 2) : 0);
+  return hits.map((hit, i) => [exact(hit), i, hit]).sort((a, b) => b[0] - a[0] || a[1] - b[1]).map(([, , hit]) => hit);
+}
 function entry(hit) {
   const a = made("a", { href: top_ + hit.url }, hit.title ? `${hit.page}: ${hit.title}` : hit.page);
   a.append(made("small", {}, ...excerpt(hit)));
@@ -159,7 +165,7 @@ function entry(hit) {
 async function search() {
   const text = query.value.trim();
   if (text) {
-    const found = (await ready()).search(text).slice(0, 12);
+    const found = rank((await ready()).search(text), text).slice(0, 12);
     if (text !== query.value.trim()) return;
     results.replaceChildren(...found.map(entry));
     if (!found.length) results.replaceChildren(made("p", { textContent: "nothing found", className: "none" }));
