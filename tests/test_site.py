@@ -640,10 +640,10 @@ def test_axe_finds_nothing(site, browser):
                     show(browser, address(site, page))
                     browser.execute_script(script)
                 browser.execute_script("document.documentElement.dataset.theme = arguments[0]", theme)
-                found = browser.execute_async_script(
-                    "const done = arguments[0]; axe.run({exclude: ['.katex']}, {resultTypes: ['violations']}).then(r => done(r.violations.map("
-                    "v => [v.id, v.nodes.length, v.nodes[0].html.slice(0, 150)])), e => done([String(e)]))"
-                )
+                found = browser.execute_async_script("""
+                    const told = v => [v.id, v.nodes.length, v.nodes[0].html.slice(0, 150)], done = arguments[0];
+                    axe.run({exclude: ['.katex']}, {resultTypes: ['violations']})
+                      .then(r => done(r.violations.map(told)), e => done([String(e)]))""")
                 if found: wrong[page.source, mode] = found
     finally: width(browser, 1400)
     assert not wrong
