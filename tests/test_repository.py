@@ -226,7 +226,8 @@ def readme_blocks(language: str) -> list[str]:
 
 def test_readme_commands_are_ones_that_tokpref_takes():
     from tokpref.cli import make_parser
-    lines = [line for block in readme_blocks("sh") for line in block.splitlines() if line.startswith("tokpref ")]
+    blocks = [block.replace("\\\n", " ") for block in readme_blocks("sh")]
+    lines = [line for block in blocks for line in block.splitlines() if line.startswith("tokpref ")]
     assert lines
     for line in lines: make_parser().parse_args(shlex.split(line, comments=True)[1:])
 

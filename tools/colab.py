@@ -98,12 +98,12 @@ def needed(*roots: str) -> set[str]:
 
 
 def bare_environment(folder: Path) -> Path:
-    "The Python of a new environment: what tokpref asks for and a kernel, from this environment, but not tokpref."
+    "The Python of a new environment: what tokpref asks for, a kernel and widgets, from this environment, but not tokpref."
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
     python = folder / "bin" / "python"
     where = "import sysconfig; print(sysconfig.get_path('purelib'))"
     packages = Path(subprocess.run([python, "-c", where], check=True, capture_output=True, text=True).stdout.strip())
-    for name in needed(*settings()["requirements"].split(), "ipykernel", "pip"):
+    for name in needed(*settings()["requirements"].split(), "ipykernel", "ipywidgets", "pip"):
         for file in distribution(name).files or []:
             top, target = file.parts[0], packages / file.parts[0]
             if top not in ("..", "__pycache__") and not target.exists():
