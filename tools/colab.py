@@ -98,7 +98,7 @@ def needed(*roots: str) -> set[str]:
 
 
 def bare_environment(folder: Path) -> Path:
-    "The Python of a new environment: what tokpref asks for, a kernel and widgets, from this environment, but not tokpref."
+    "The Python of a new environment: what tokpref asks for, a kernel and widgets, from here, but not tokpref."
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
     python = folder / "bin" / "python"
     where = "import sysconfig; print(sysconfig.get_path('purelib'))"
