@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from ..checks import check_known, check_positive, check_unused
 from .types import LossSpec, PairLoss, TokenStats, check_same_batch
 
-# %% ../../nbs/derivations/03_bregman.ipynb #76ee0f79
+# %% ../../nbs/derivations/03_bregman.ipynb #66a82ca8
 def widen(value: Tensor) -> Tensor:
     "`value` in float32 if its type is narrower, else as it is."
     return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
@@ -27,7 +27,7 @@ def _phi(a: float, z: Tensor) -> Tensor:
     "φ_a(z) = (e^{az} − 1)/a elementwise, and its limit z where |a| < 1e-12."
     return torch.expm1(a * z) / a if abs(a) >= 1e-12 else z
 
-# %% ../../nbs/derivations/03_bregman.ipynb #f5c122c7
+
 @dataclass(frozen=True)
 class Generator:
     "A convex h, and the place of its risk in the family ℓ_h(e^z) = c [φ_{1+λ}(z) + φ_{−λ}(z)]."
@@ -82,7 +82,7 @@ def bregman_risk(
     z = z.clamp(-clamp_limit(lam), clamp_limit(lam))
     return factor * (_phi(1 + lam, z) + _phi(-lam, z))
 
-# %% ../../nbs/derivations/03_bregman.ipynb #732bf393
+# %% ../../nbs/derivations/03_bregman.ipynb #f080f422
 def bpo_loss(
     chosen: TokenStats,         # [B, T_w]; needs ref_logps
     rejected: TokenStats,       # [B, T_l]
@@ -104,7 +104,7 @@ def bpo_loss(
     losses = bregman_risk(rejected_rewards - chosen_rewards, generator, lam, scale)
     return PairLoss(losses, chosen_rewards, rejected_rewards)
 
-# %% ../../nbs/derivations/03_bregman.ipynb #d19ff12d
+
 BPO_LOSSES = {
     "bpo": LossSpec(bpo_loss, source="BPO, arXiv 2505.19601: h'(R)R − h(R) − h'(1/R) at R = exp(β(Δˡ − Δʷ))",
                     options=("beta", "generator", "lam", "scale")),
