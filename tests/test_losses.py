@@ -366,3 +366,108 @@ def test_adpo_refuses_an_empty_response(pair):
     chosen, rejected = pair
     empty = replace(chosen, mask=chosen.mask & torch.tensor([True, True, False, True])[:, None])
     assert "rows [2] have no response token" in message_of(lambda: LOSSES["adpo"](empty, rejected, window=4))
+
+
+# TBPO
+
+RISKS = {
+    "logistic": lambda z, lam, s: math.log(1 + math.exp(z)),
+    "kliep": lambda z, lam, s: math.exp(z) - 1 + z,
+    "lsif": lambda z, lam, s: math.exp(2 * z) - 2 * math.exp(-z) + 1,
+    "ba": lambda z, lam, s: (lam * math.exp((1 + lam) * z) - (1 + lam) * math.exp(-lam * z) + 1) / lam,
+    "sba": lambda z, lam, s: RISKS["ba"](z, lam, s) / (s * (1 + lam)) if lam else (math.exp(z) - 1 + z) / s,
+}
+TBPO_RISKS = [("logistic", {}), ("kliep", {}), ("lsif", {}), ("ba", {"lam": 0.7}), ("sba", {}),
+              ("sba", {"lam": 1.2, "scale": 2.0})]
+
+
+def tbpo_in_plain_numbers(sides, b, name, generator, *, lam, scale, clip):
+    def weighed(side, t, value):
+        return (1.0 if side.weights is None else float(side.weights[b, t])) * value
+
+    def score(side, t):
+        rho, kl = float(side.logps[b, t] - side.ref_logps[b, t]), float(side.kl[b, t])
+        return weighed(side, t, {"tbpo_a": rho + kl, "tbpo_a_k3": math.expm1(rho), "tbpo_q": rho}[name])
+    chosen, rejected = sides
+    length = min(int(side.mask[b].sum()) for side in sides)
+    gaps = [0.0] * length
+    if name == "tbpo_q":
+        gaps = [weighed(rejected, t, float(rejected.baseline[b, t])) - weighed(chosen, t, float(chosen.baseline[b, t]))
+                for t in range(length)]
+        if clip is not None:
+            mean = sum(gaps) / length
+            gaps = [max(-clip, min(clip, gap - mean)) for gap in gaps]
+    margins = [score(rejected, t) - score(chosen, t) + gaps[t] for t in range(length)]
+    return sum(RISKS[generator](0.3 * margin, lam, scale) for margin in margins) / length
+
+
+@pytest.mark.parametrize("name, clip", [("tbpo_a", 10.0), ("tbpo_a_k3", 10.0), ("tbpo_q", 10.0), ("tbpo_q", 0.2),
+                                        ("tbpo_q", None)])
+@pytest.mark.parametrize("generator, options", TBPO_RISKS)
+def test_tbpo_in_plain_numbers(name, clip, generator, options, pair, weighted):
+    baseline = {"baseline_clip": clip} if name == "tbpo_q" else {}
+    for sides in (pair, weighted):
+        found = LOSSES[name](*sides, beta=0.3, generator=generator, **options, **baseline)
+        settings = {"lam": options.get("lam", 0.0), "scale": options.get("scale", 4.0), "clip": clip}
+        wanted = [tbpo_in_plain_numbers(sides, b, name, generator, **settings) for b in range(len(sides[0].mask))]
+        assert_close(found.losses, torch.tensor(wanted, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("name, reads", [("tbpo_a", {"logps", "kl"}), ("tbpo_a_k3", {"logps"}),
+                                         ("tbpo_q", {"logps", "baseline"})])
+def test_tbpo_trains_shared_positions_only(name, reads, pair):
+    shared = torch.minimum(*(side.lengths for side in pair))[:, None]
+    leaves = [{key: getattr(side, key).clone().requires_grad_() for key in LEAVES} for side in pair]
+    LOSSES[name](*(replace(side, **own) for side, own in zip(pair, leaves, strict=True))).losses.sum().backward()
+    for own in leaves:
+        assert {key for key, leaf in own.items() if leaf.grad is not None} == reads
+        for key in reads - {"baseline"}:
+            assert torch.equal(own[key].grad != 0, torch.arange(own[key].shape[1]) < shared)
+
+
+@pytest.mark.parametrize("clip", [10.0, None])
+def test_tbpo_q_reads_differences_of_its_baseline_only(clip, pair):
+    moved = [replace(side, baseline=side.baseline + 3.0) for side in pair]
+    found = [LOSSES["tbpo_q"](*sides, baseline_clip=clip).losses for sides in (pair, moved)]
+    assert_close(*found)
+
+
+def test_tbpo_logs_rewards_of_whole_responses(pair):
+    terms = {"tbpo_a": lambda side: side.kl, "tbpo_q": lambda side: 0.0,
+             "tbpo_a_k3": lambda side: torch.expm1(side.logps - side.ref_logps) - (side.logps - side.ref_logps)}
+    for name, term in terms.items():
+        result = LOSSES[name](*pair, beta=0.3)
+        for side, rewards in zip(pair, (result.chosen_rewards, result.rejected_rewards), strict=True):
+            per_token = (side.logps - side.ref_logps + term(side)).masked_fill(~side.mask, 0)
+            assert_close(rewards, 0.3 * per_token.sum(-1))
+
+
+@pytest.mark.parametrize("name, options, said", [
+    ("tbpo_a", {"generator": "sab"}, "unknown generator 'sab'; did you mean 'sba'?"),
+    ("tbpo_a", {"lam": -1.0}, "lam must be a number above -1, got -1.0"),
+    ("tbpo_a", {"scale": 0.0}, "scale must be a positive number, got 0.0"),
+    ("tbpo_q", {"baseline_clip": 0.0}, "baseline_clip must be a positive number, got 0.0"),
+    ("tbpo_a", {"generator": "kliep", "lam": 1.0}, "lam=1.0 would be ignored: generator 'kliep' does not read it"),
+    ("tbpo_a", {"generator": "ba", "scale": 2.0}, "scale=2.0 would be ignored: generator 'ba' does not read it"),
+])
+def test_tbpo_refuses(name, options, said, pair):
+    assert said in message_of(lambda: LOSSES[name](*pair, **options))
+
+
+def test_tbpo_refuses_an_option_of_another_variant(pair):
+    from tokpref.losses import tbpo_loss
+    assert "unknown variant 'b'" in message_of(lambda: tbpo_loss(*pair, variant="b"))
+    said = message_of(lambda: tbpo_loss(*pair, variant="a_k3", baseline_clip=5.0))
+    assert "baseline_clip=5.0 would be ignored: variant 'a_k3' has no learned baseline" in said
+
+
+def test_tbpo_refuses_a_pair_without_a_shared_position(pair):
+    chosen, rejected = pair
+    empty = replace(chosen, mask=chosen.mask & torch.tensor([True, True, False, True])[:, None])
+    assert "pairs [2] have an empty response" in message_of(lambda: LOSSES["tbpo_a"](empty, rejected))
+
+
+def test_the_sampled_kl_does_not_overflow():
+    far = TokenStats(torch.zeros(1, 1), torch.tensor([[-100.0]]), torch.ones(1, 1, dtype=torch.bool))
+    assert torch.expm1(far.log_ratio).isinf().all()
+    assert_close(LOSSES["tbpo_a_k3"](far, far).losses, torch.zeros(1))
