@@ -1,4 +1,5 @@
 """Preference data across formats, files and processes, and on the real sets where they are at hand."""
+import copy
 import csv
 import doctest
 import gzip
@@ -816,3 +817,75 @@ def test_describe_row_shows_both_ends(tokenizer):
     )
     text = describe_row(row, tokenizer, most=10)
     assert "more …" in text and "cut from its start" in text and text.count("<eos>") == 2
+
+
+# Layouts of other tools
+
+TURN = {"from": "human", "value": "Is it true?"}
+CHAT = ("{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}")
+
+
+def test_a_question_is_the_prompt(tokenizer):
+    "As orca_dpo_pairs has it. Both answers begin alike, which is no part of the prompt."
+    rows = [{"question": "Is it true?", "chosen": "The answer is yes.", "rejected": "The answer is no."}] * 2
+    for column in ("question", "query", "instruction"):
+        given = [{column: row["question"], "chosen": row["chosen"], "rejected": row["rejected"]} for row in rows]
+        prepared, report = prepare(given, tokenizer)
+        assert report.examples[0]["prompt"].replace(" ", "") == "Isittrue?"
+        assert report.examples[0]["chosen"].replace(" ", "").startswith("Theansweris")
+        assert len(prepared) == 2 and not report.unread
+    with pytest.raises(ValueError, match="no column 'prompt', and instruction and input could be parts of it"):
+        prepare([{"instruction": "Say", "input": "yes", "chosen": "a", "rejected": "b"}], tokenizer)
+
+
+def test_a_system_message_and_turns_of_other_names_become_messages(tokenizer):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = CHAT
+    answers = {"chosen": "Yes.", "rejected": "No."}
+    said = {side: {"from": "gpt", "value": text} for side, text in answers.items()}
+    asked = [{"role": "user", "content": "Is it true?"}]
+    plain = {"prompt": asked, **{side: [{"role": "assistant", "content": text}] for side, text in answers.items()}}
+    with_system = {**plain, "prompt": [{"role": "system", "content": "Be brief."}, *asked]}
+    for theirs, ours in (({"system": "Be brief.", "question": "Is it true?", **answers}, with_system),
+                         ({"conversations": [TURN], **said}, plain), ({"conversations": [TURN], **answers}, plain)):
+        columns = ["prompt_ids", "chosen_ids", "rejected_ids"]
+        assert prepare([theirs], tokenizer)[0].select_columns(columns)[0] == (
+            prepare([ours], tokenizer)[0].select_columns(columns)[0])
+    with pytest.raises(ValueError, match="train: row 0: a turn is by 'narrator', known are human"):
+        prepare([{"conversations": [{"from": "narrator", "value": "x"}], **answers}], tokenizer)
+
+
+@pytest.mark.parametrize("row, said", [
+    ({"prompt": "a", "completions": ["b", "c"], "ratings": [1, 2]}, "column 'completions' is a list of responses"),
+    ({"prompt": "a", "response_0": "b", "response_1": "c", "safer": 0}, "columns 'response_0' and 'response_1' do not"),
+    ({"prompt": "a", "completion": "b", "label": True}, "single responses with a label are no pairs"),
+    ({"prompt": "a", "chosen": "b", "rejected": "c", "images": ["x.png"]}, "column 'images' is filled, and only text"),
+    ({"prompt": "a", "good": "b", "bad": "c"}, "no column 'chosen' in"),
+])
+def test_what_holds_no_pairs_of_text_is_refused_by_name(row, said, tokenizer):
+    with pytest.raises(ValueError, match=f"train: {said}"): prepare([row], tokenizer)
+
+
+def test_every_column_is_read_or_harmless_or_named(tokenizer):
+    pair = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    more = {"id": 1, "source": "x", "score_chosen": 3.0, "score_rejected": 5.0, "note": ""}
+    report = prepare([{**pair, **more, "images": None}], tokenizer)[1]
+    assert report.unread == ["score_chosen", "score_rejected", "images"]
+    assert "columns that are not read: score_chosen, score_rejected, images" in str(report)
+    assert "not read" not in str(prepare([pair], tokenizer)[1])
+
+
+def test_a_row_may_bring_arguments_of_the_chat_template(tokenizer):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = "{{ mark }}" + CHAT
+    chat = {"prompt": [{"role": "user", "content": "Is it?"}], "chosen": [{"role": "assistant", "content": "Yes."}],
+            "rejected": [{"role": "assistant", "content": "No."}]}
+    for own in ({"mark": "A"}, '{"mark": "A"}'):
+        rows = prepare([{**chat, "chat_template_kwargs": own}], tokenizer, chat_template_kwargs={"mark": "B"})[0]
+        assert tokenizer.decode(rows[0]["prompt_ids"]).startswith("A")
+    both = [{**chat, "chat_template_kwargs": {"mark": "A"}}, {**chat, "chat_template_kwargs": None}]
+    rows = prepare(both, tokenizer, chat_template_kwargs={"mark": "B"})[0]
+    assert [tokenizer.decode(row["prompt_ids"])[0] for row in rows] == ["A", "B"]
+    with pytest.raises(ValueError, match="row 0: chat_template_kwargs must be a dictionary"):
+        prepare([{**chat, "chat_template_kwargs": "mark=A"}], tokenizer)

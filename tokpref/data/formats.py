@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SIDES', 'PARTS', 'WEIGHTS', 'Part', 'shared_prefix', 'split_pair', 'text_of', 'why_unusable', 'is_json',
-           'without_none', 'to_dataset', 'row_tools', 'column_kind', 'check_columns', 'check_chat']
+           'without_none', 'to_dataset', 'row_options', 'row_tools', 'column_kind', 'check_columns', 'check_chat']
 
 # %% ../../nbs/library/data/00_formats.ipynb #a6a3a450
 import json
@@ -16,6 +16,7 @@ from datasets import Dataset
 
 # %% ../../nbs/library/data/00_formats.ipynb #128b2f33
 from ..checks import check_unused
+from .layouts import arrange
 
 # %% ../../nbs/library/data/00_formats.ipynb #892f902b
 SIDES = ("chosen", "rejected")
@@ -168,6 +169,15 @@ def _to_dataset(rows: list[dict]) -> Dataset:
     return datasets.concatenate_datasets([*plain, exact], axis=1).select_columns(names)
 
 
+def row_options(row: dict[str, Any]) -> dict:
+    "The `chat_template_kwargs` of a row, a dictionary or its JSON; {} if it has none. `ValueError` for anything else."
+    options = row.get("chat_template_kwargs")
+    try: options = json.loads(options or "null") if isinstance(options, str) else options
+    except json.JSONDecodeError: pass
+    if options is None or isinstance(options, dict): return options or {}
+    raise ValueError(f"chat_template_kwargs must be a dictionary, or the JSON of one, got {str(options)[:40]!r}")
+
+
 def row_tools(row: dict[str, Any]) -> list | None:
     "The `tools` of a row, given as schemas or as their JSON text; None if it has none. `ValueError` for broken JSON."
     tools = row.get("tools")
@@ -196,8 +206,11 @@ def check_columns(dataset: Any, name: str) -> Dataset:
     if not isinstance(dataset, Dataset):
         hint = "pass a datasets.Dataset or a list of dicts"
         if isinstance(dataset, dict): hint = f"choose a split: {list(dataset)}"
+        if isinstance(dataset, datasets.IterableDataset):
+            hint = "a stream can't be counted and reported; take a part, Dataset.from_list(list(stream.take(10_000)))"
         raise TypeError(f"{name}: cannot prepare a {type(dataset).__name__}: {hint}")
     if len(dataset) == 0: raise ValueError(f"{name}: the dataset has no rows")
+    dataset = arrange(dataset, name)
     columns = dataset.column_names
     for column in SIDES:
         if column in columns: continue

@@ -16,6 +16,16 @@ import datasets
 from datasets import Dataset
 
 # %% ../../nbs/library/data/05_prepare.ipynb #128b2f33
+from tokpref.data.formats import (
+    WEIGHTS,
+    check_chat,
+    check_columns,
+    row_options,
+    row_tools,
+    split_pair,
+    why_unusable,
+    without_none,
+)
 from tokpref.data.tokens import (
     check_lengths,
     check_tokenizer,
@@ -27,7 +37,7 @@ from tokpref.data.tokens import (
     shorten_chat,
 )
 
-from .formats import PARTS, WEIGHTS, check_chat, check_columns, row_tools, split_pair, why_unusable, without_none
+from .layouts import READ, unread
 from .report import PrepReport, decode_row, make_report
 from .sources import code_digest, shows_examples
 
@@ -62,7 +72,7 @@ def _read_pair(pair: dict, tokenizer: Any, spec: dict) -> tuple:
     if why or isinstance(parts[0], str): return why, parts, None, None
     prompt, chosen, rejected = parts
     tools = row_tools(pair)
-    options = {**(spec["chat_template_kwargs"] or {}), **({"tools": tools} if tools else {})}
+    options = {**(spec["chat_template_kwargs"] or {}), **row_options(pair), **({"tools": tools} if tools else {})}
     prompt_ids, chosen_ids = encode_chat(prompt, chosen, tokenizer, options)
     _, rejected_ids = encode_chat(prompt, rejected, tokenizer, options)
     shorten = partial(shorten_chat, prompt, tokenizer=tokenizer, options=options)
@@ -106,7 +116,7 @@ def _features(columns: list[str]) -> datasets.Features:
 
 def _encode(dataset: Dataset, tokenizer: Any, spec: dict, num_proc: int | None) -> Dataset:
     "All rows of `dataset` through `encode_batch`."
-    columns = [column for column in (*PARTS, *WEIGHTS, "tools") if column in dataset.column_names]
+    columns = [column for column in READ if column in dataset.column_names]
     bos = tokenizer.bos_token_id
     code = code_digest(encode_batch, encode_texts, split_pair)
     features = {column: dataset.features[column] for column in columns}
@@ -134,7 +144,7 @@ def prepare(
     tokenizer: Any,                     # a transformers tokenizer with an end token
     max_length: int = 1024,             # most tokens of prompt + response
     max_prompt_length: int | None = None,   # most tokens of the prompt; None: cut prompts only when a pair does not fit
-    chat_template_kwargs: dict | None = None,   # more arguments of the chat template; a row's own `tools` go before
+    chat_template_kwargs: dict | None = None,   # more arguments of the chat template; a row's own go before
     name: str = "train",                # for messages and the report
     num_proc: int | None = None,        # worker processes
     *,
@@ -157,4 +167,5 @@ def prepare(
     good = _good_rows(list(full["why"]), name, on_bad_row)
     kept = (full if len(good) == len(full) else full.select(good)).remove_columns(["why", "size"])
     shown = min(examples, len(kept)) if shows_examples(full) else 0
-    return kept, make_report(name, full, good, [decode_row(kept[i], tokenizer) for i in range(shown)], **limits)
+    examples_shown = [decode_row(kept[i], tokenizer) for i in range(shown)]
+    return kept, make_report(name, full, good, examples_shown, unread=unread(dataset.column_names), **limits)

@@ -59,6 +59,7 @@ class PrepReport:
     note: str = ""                  # what loading had to say
     max_length: int = 0             # the limits used
     max_prompt_length: int | None = None
+    unread: list[str] = field(default_factory=list)     # columns that nothing reads
 
     def to_dict(self) -> dict:
         "Everything but the drawing, ready for JSON."
@@ -79,6 +80,7 @@ def _shorten(text: str, width: int = 90) -> str:
 def _report_losses(report: PrepReport) -> list[str]:
     "Lines on where the data is from, what was dropped, and what was truncated."
     lines = [f"  from {report.note}"] if report.note else []
+    if report.unread: lines.append(f"  columns that are not read: {', '.join(report.unread)}")
     for why, count in report.dropped.items():
         first = report.dropped_rows[why]
         rows = ", ".join(map(str, first)) + (", ..." if count > len(first) else "")
@@ -105,7 +107,7 @@ def make_report(
     full: Dataset,          # all prepared rows, with `why`, `size` and `cut`
     good: list[int],        # the rows that are kept
     examples: list[dict],   # decoded rows to show
-    **limits: Any,          # max_length and max_prompt_length
+    **limits: Any,          # max_length, max_prompt_length, unread
 ) -> PrepReport:
     "Count and measure prepared rows."
     prompt, chosen, rejected = np.array(full["size"])[good].T
