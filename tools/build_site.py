@@ -26,6 +26,7 @@ from site_html import (
     explain_words,
     link_papers,
     names,
+    promoted,
     prose,
     read_words,
     typeset,
@@ -41,7 +42,8 @@ CALLOUT = re.compile(
     r"^(:{3,} *\{[^}\n]*\.callout-(\w+)(?:[^}\n]*title=\"([^\"]*)\")?[^}\n]*\})\n+(?:#+ (.*)\n)?", re.M
 )
 REFERENCE = re.compile(r"(?<![\w`@/])@((?:eq|fig|sec|tbl)-[\w-]*\w)")
-LINK_IN_LINK = re.compile(r"\[\[(`[^`\n]+`)\]\([^)\s]*\)\]\(")      # nbdev links a name, in a link of ours too
+NAME_LINK = re.compile(r"\[(`[^`\n]+`)\]\([^)\s]*\)")         # nbdev links a name, in a link of ours too
+LINK_IN_LINK = re.compile(r"\[((?:[^\[\]]*\[`[^`\n]+`\]\([^)\s]*\))+[^\[\]]*)\]\(")
 GLOSSARY = "derivations/words.ipynb"
 
 
@@ -108,7 +110,7 @@ def number_equations(text: str) -> tuple[str, dict[str, str]]:
 
 def resolve(page: Page, pages: list[Page], site: dict, markdown: str) -> str:
     "Equations get numbers, references to them words; links to notebooks lead to pages, others to the repository."
-    markdown = LINK_IN_LINK.sub(r"[\1](", markdown)
+    markdown = LINK_IN_LINK.sub(lambda m: "[" + NAME_LINK.sub(r"\1", m[1]) + "](", markdown)
     blocks = re.split(r"(^(`{3,}).*?^\2\s*$|`[^`\n]+`)", markdown, flags=re.S | re.M)
     texts = [block for i, block in enumerate(blocks) if i % 3 != 2]     # the fence itself is a group of its own
     joined = "\0".join(text if i % 2 == 0 else f"\1{i}\1" for i, text in enumerate(texts))
@@ -121,7 +123,7 @@ def resolve(page: Page, pages: list[Page], site: dict, markdown: str) -> str:
     joined = re.sub(r"(?<!!)(\[[^\]]*\])\((?!https?:|#|mailto:)([^)#\s]+)(#[^)\s]*)?\)",
                     lambda m: f"{m[1]}({link(page, pages, site, m[2])}{m[3] or ''})", joined)
     joined = re.sub(
-        rf"(\]\(){re.escape(site['site-url'])}/([^)#\s]+\.html)",
+        rf"(\]\(){re.escape(site['site-url'])}/([^)#\s]+\.html(?:#\w+)?)(?:\.\w+)?",     # of a method, to its class
         lambda m: m[1] + posixpath.relpath(m[2], posixpath.dirname(page.source) or "."),
         joined,
     )
@@ -208,7 +210,7 @@ def write_lists(folder: Path, site: dict, pages: list[Page], raw: list[str]) -> 
 def to_html(markdown: str) -> str:
     "What pandoc makes of a page."
     options = ["--katex", "--wrap=none", "--syntax-highlighting=none"]
-    return pypandoc.convert_text(markdown, "html5", MARKDOWN, extra_args=options)
+    return promoted(pypandoc.convert_text(markdown, "html5", MARKDOWN, extra_args=options))
 
 
 def finish(pages: list[Page], raw: list[str]) -> None:

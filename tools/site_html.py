@@ -35,6 +35,7 @@ def colored(code: str, language: str) -> str:
     code = re.sub(r"\[(`[^`]+`)\]\(https?://[^)\s]*\)", r"\1", code)     # a link that nbdev set in a comment
     try: lexer = get_lexer_by_name(language, stripnl=False, ensurenl=False)
     except ClassNotFound: lexer = get_lexer_by_name("text", stripnl=False, ensurenl=False)
+    papers = set(re.findall(r"arXiv[:\s]+(\d{4}\.\d{4,5})", code, re.I))
     lines: list[list[tuple[str, str]]] = [[]]
     for kind, value in lexer.get_tokens(code):
         color = next((name for token, name in COLORS if kind in token), "") if kind is not Token.Text else ""
@@ -43,16 +44,18 @@ def colored(code: str, language: str) -> str:
         else: lines[-1].append((color, first))
         for part in rest: lines.append([(color, part)])
     while lines and not any(value for _, value in lines[-1]): lines.pop()
-    return "".join(code_line(parts) for parts in lines)
+    shown = "".join(code_line(parts) for parts in lines)
+    for number in papers: shown = shown.replace(number, f'<a href="https://arxiv.org/abs/{number}">{number}</a>')
+    return shown
 
 
 def code_line(parts: list[tuple[str, str]]) -> str:
     "One line of code."
     text = "".join(value for _, value in parts)
-    runs, run = [], []          # what stands between two spaces stays together
+    runs, run = [], []          # what stands between two spaces stays together, the first with its indentation
     for color, value in parts:
         for piece in re.findall(r" +|[^ ]+", value):
-            if piece[0] == " ":
+            if piece[0] == " " and any(value.strip() for part in [*runs, run] for _, value in part):
                 runs += [run, [(color, piece)]]
                 run = []
             else: run.append((color, piece))
@@ -73,8 +76,7 @@ def code_run(run: list[tuple[str, str]]) -> tuple[str, str]:
     text, one = "".join(value for _, value in run), colors.pop() if len(colors) == 1 else None
     pieces = [(color, html.escape(value, quote=False)) for color, value in run]
     inner = "".join(piece if one is not None else in_color(color, piece) for color, piece in pieces)
-    paper = re.fullmatch(r"\W*\d{4}\.\d{4,5}\W*", text)      # a number that becomes a link stays as it is
-    if BREAKABLE.search(text) and not paper: inner = f'<span class="nb">{inner}</span>'
+    if BREAKABLE.search(text): inner = f'<span class="nb">{inner}</span>'
     return one or "", inner
 
 
@@ -98,6 +100,12 @@ def sized(table: str) -> str:
     table = re.sub(r"<thead>\s*<tr[^>]*>(\s*<th[^>]*></th>)+\s*</tr>\s*</thead>", "", table)
     table = re.sub(r"<th([^>]*)></th>", r"<td\1></td>", table)         # an empty heading says nothing
     return re.sub(r"<td(?=[^>]*>[^\n]{60,}</td>)", '<td class="long"', table)
+
+
+def promoted(body: str) -> str:
+    "A page that begins with headings of level 3 has them on level 2: no level is left out."
+    before, first, after = body.partition("<h2")
+    return re.sub(r"(</?)h3\b", r"\1h2", before) + first + after
 
 
 # Formulas
