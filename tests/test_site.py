@@ -647,3 +647,16 @@ def test_axe_finds_nothing(site, browser):
                 if found: wrong[page.source, mode] = found
     finally: width(browser, 1400)
     assert not wrong
+
+
+def test_documentation_is_upright_and_its_examples_are_code():
+    from site_cells import upright
+    said = upright("### f\n\n*KL from π* and from π_imp.*\n\n>>> f(1)\n2\n>>> f(2)\n3\n\nMore.")
+    assert said == "### f\n\nKL from π\\* and from π_imp.\n\n```{.pycon}\n>>> f(1)\n2\n>>> f(2)\n3\n```\n\nMore."
+
+
+def test_a_name_that_nbdev_links_is_no_link_in_a_link():
+    import build_site
+    said = "[[`a`](https://x/a.html#a) and [`b`](https://x/b.html)](../01_page.ipynb), [`c`](https://x/c.html)"
+    plain = build_site.LINK_IN_LINK.sub(lambda m: "[" + build_site.NAME_LINK.sub(r"\1", m[1]) + "](", said)
+    assert plain == "[`a` and `b`](../01_page.ipynb), [`c`](https://x/c.html)"

@@ -156,9 +156,10 @@ def picture_size(data: bytes) -> tuple[int, int]:
 
 
 def upright(documentation: str) -> str:
-    "What nbdev shows of a docstring, not in italics: a π* in it would end them."
+    "What nbdev shows of a docstring, not in italics, which a π* would end; its examples as code, not as quotations."
     found = re.sub(r"^\*(?![*\s])((?:[^\n]|\n(?!\n))+?)\*$(?=\n\n|\n*\Z)", r"\1", documentation, flags=re.M)
-    return re.sub(r"π\*", r"π\\*", found)
+    found = re.sub(r"π\*", r"π\\*", found)
+    return re.sub(r"^>>> (?:.+(?:\n|\Z))+", lambda m: fenced(m[0], ".pycon") + "\n", found, flags=re.M)
 
 
 def joined(outputs: list) -> list:
