@@ -386,6 +386,9 @@ def test_a_run_that_nobody_made_is_announced(tmp_path, capsys):
         capsys.readouterr().out
         == "paper: no run yet. It is made with: tokpref compare --task dialogue --profile paper\n"
     )
+    assert measured_runs("dialogue", ("smol", "smol-cpu"), tmp_path) == {}
+    on_a_card, on_a_cpu = capsys.readouterr().out.splitlines()
+    assert on_a_card.endswith("with: make gpu") and on_a_cpu.endswith("--profile smol --set steps=2")
 
 
 @pytest.mark.parametrize("place", ["here", "beside"])

@@ -130,6 +130,8 @@ def measured_runs(task: str, profiles: Sequence[str], folder: str | Path | None 
 
 
 def _how_to_make(task: str, profile: str) -> str:
-    on_a_card = profile == "gpu" or profile.startswith("smol")
-    command = "make gpu" if on_a_card else f"tokpref compare --task {task} --profile {profile}"
+    small = profile.endswith("-cpu")
+    on_a_card = not small and (profile == "gpu" or profile.startswith("smol"))
+    command = f"tokpref compare --task {task} --profile {profile.removesuffix('-cpu')}" + " --set steps=2" * small
+    if on_a_card: command = "make gpu"
     return f"{profile}: no run yet. It is made with: {command}"
