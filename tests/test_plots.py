@@ -83,9 +83,10 @@ def test_every_figure_is_saved_and_leaves_no_window(tmp_path):
     for i, figure in enumerate(figures()):
         figure.savefig(tmp_path / f"{i}.png")
         assert (tmp_path / f"{i}.png").stat().st_size > 3000
+        assert isinstance(figure, style.Page)
         png, size = figure._repr_png_()
         width, height = figure.get_size_inches() * style.DPI
-        assert isinstance(figure, style.Page) and size == {"width": round(width), "height": round(height)}
+        assert size == {"width": round(width), "height": round(height)}
         assert png[:4] == b"\x89PNG" and abs(int.from_bytes(png[16:20], "big") - 2 * width) <= 1
     assert plt.get_fignums() == []
 

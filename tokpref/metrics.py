@@ -74,7 +74,7 @@ def learning_signal(
     pulled, strength = 0, 0
     for side, fields in zip(sides, leaves, strict=True):
         own = {name: next(found).masked_fill(~side.mask, 0.0) for name in fields}
-        pulled = pulled + sum(slope != 0 for slope in own.values()).bool().sum(-1)
+        pulled = pulled + torch.stack([slope != 0 for slope in own.values()]).any(0).sum(-1)
         strength = strength + own["logps"].abs().sum(-1)
     tokens = chosen.lengths + rejected.lengths
     return {"learning/tokens": pulled / tokens, "learning/pull": strength / tokens}

@@ -128,17 +128,18 @@ def slider(name: str, i: int, label: str, last: str, at: str, said: list[str]) -
 def slides(page: Page, figure: str, options: dict, before: str) -> str:
     "A figure with sliders: its frames become files, fetched when they are wanted."
     first = re.search(r'<img[^>]* src="data:image/(\w+);base64,([\w+/=]+)"', figure)
+    script = re.search(r'<script type="application/json">(.*?)</script>', figure, re.S)
+    assert first is not None and script is not None
     data, suffix = base64.b64decode(first[2]), first[1]
     size = re.search(r'<img[^>]* width="(\d+)" height="(\d+)"', figure)
     width, height = map(int, size.groups()) if size else picture_size(data)
-    frames = re.search(r'<script type="application/json">(.*?)</script>', figure, re.S)[1]
     frames = re.sub(
-        r"data:image/(\w+);base64,([\w+/=]+)", lambda m: kept(page, base64.b64decode(m[2]), m[1]), frames
+        r"data:image/(\w+);base64,([\w+/=]+)", lambda m: kept(page, base64.b64decode(m[2]), m[1]), script[1]
     )
     name = f"slide-{page.drawn + 1}"
     found = re.findall(r'<label>(\S+) <input [^>]*?max="(\d+)" value="(\d+)"[^>]*?data-said="([^"]*)"', figure)
     sliders = [
-        slider(name, i, SYMBOLS.get(label, label.replace("_", " ")), last, at, json.loads(html.unescape(said)))
+        slider(name, i, SYMBOLS.get(label) or label.replace("_", " "), last, at, json.loads(html.unescape(said)))
         for i, (label, last, at, said) in enumerate(found)
     ]
     watch = re.search(r"<p>(.*?)</p></figcaption>", figure, re.S)

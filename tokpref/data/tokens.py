@@ -25,7 +25,7 @@ def check_tokenizer(
 
     Padding with the end token is fine.
     """
-    if not (callable(tokenizer) and hasattr(tokenizer, "eos_token_id")):
+    if not hasattr(tokenizer, "eos_token_id") or not hasattr(tokenizer, "__call__"):
         mend = "load one with AutoTokenizer.from_pretrained"
         if hasattr(tokenizer, "tokenizer"): mend = "pass the tokenizer inside it, processor.tokenizer"
         if type(tokenizer).__module__.partition(".")[0] == "tokenizers":
@@ -36,7 +36,8 @@ def check_tokenizer(
     if pad and tokenizer.pad_token_id is None:
         raise ValueError(f"tokenizer has no padding token: {PAD_MEND}")
     if model is None: return
-    rows, tokens = model.get_input_embeddings().num_embeddings, len(tokenizer)
+    rows = model.get_input_embeddings().num_embeddings
+    tokens = len(tokenizer)
     if tokens > rows:
         raise ValueError(f"tokenizer has {tokens} tokens but the model embeds {rows}: use the model's own tokenizer, "
                          f"or call model.resize_token_embeddings({tokens})")

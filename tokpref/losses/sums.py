@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -103,7 +104,7 @@ def add_losses(name: str, losses: Mapping[str, LossSpec]) -> LossSum:
     specs = [spec for _, _, spec in parts]
     plain = [option for spec in specs for option in spec.options]
     qualified = [f"{loss}.{option}" for loss, _, spec in parts for option in spec.options]
-    asks = {field: any(getattr(spec, field) for spec in specs)
+    asks: dict[str, Any] = {field: any(getattr(spec, field) for spec in specs)
             for field in ("reference", "kl", "baseline", "entropy", "reverse_kl")}
     return LossSum(
         _summed(parts), source=" + ".join(f"{weight:g} · ({spec.source})" for _, weight, spec in parts),

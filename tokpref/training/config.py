@@ -157,7 +157,7 @@ def check_settings(args: "PreferenceConfig", spec: LossSpec) -> None:
                          "for preferences, a loss that can do it takes loss_options={'label_smoothing': 0.1}")
     if args.remove_unused_columns:
         raise ValueError("remove_unused_columns=True would remove the columns that the collator needs: leave it out")
-    if args.accelerator_config.dispatch_batches:
+    if getattr(args.accelerator_config, "dispatch_batches", None):
         raise ValueError("accelerator_config: dispatch_batches=True would tear pairs apart between processes: "
                          "leave it out, and each process reads its own pairs")
     for name in _NOTHING_KEPT:

@@ -47,7 +47,7 @@ def find_task(name: str) -> Task:
     return TASKS[name]
 
 # %% ../../../nbs/experiments/compare/10_run.ipynb #fb5a5cc6
-def _made_by(run: LossRun) -> tuple[Callable, Callable]:
+def _made_by(run: LossRun) -> tuple[Callable, ...]:
     "The function that trains a run, and the one that is its loss or baseline."
     if run.loss in BASELINES: return BASELINES[run.loss].train, BASELINES[run.loss].train
     return train_with_loss, *LOSSES[run.loss].functions()
