@@ -25,7 +25,8 @@ def check_tokenizer(
 
     Padding with the end token is fine.
     """
-    if not hasattr(tokenizer, "eos_token_id") or not hasattr(tokenizer, "__call__"):
+    usable = callable(tokenizer) and hasattr(tokenizer, "eos_token_id")
+    if not usable:
         mend = "load one with AutoTokenizer.from_pretrained"
         if hasattr(tokenizer, "tokenizer"): mend = "pass the tokenizer inside it, processor.tokenizer"
         if type(tokenizer).__module__.partition(".")[0] == "tokenizers":
