@@ -166,7 +166,7 @@ def search_entries(page: Page, raw: str) -> list[dict]:
     for id, heading, text in sections:
         title, entry = prose(heading), {"url": page.url + (f"#{id}" if id else ""), "page": page.title}
         if id: entry["title"] = title
-        else: entry |= {"promise": page.meta.get("description", ""), "keywords": page.keywords}
+        else: entry |= {"promise": page.meta.get("description", "").replace("`", ""), "keywords": page.keywords}
         entries.append(entry | {"text": prose(text)[:3000], "code": names(text)[:3000]})
     return entries
 

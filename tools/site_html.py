@@ -284,7 +284,8 @@ def prose(body: str) -> str:
         r'<span class="math[^>]*>.*?</span>|<a[^>]* class="badge".*?</a>'
         r"|<(pre|script|style|summary|button|figure|table)\b.*?</\1>"
     )
-    return " ".join(html.unescape(re.sub(r"<[^>]+>", " ", re.sub(left_out, " ", body, flags=re.S))).split())
+    text = " ".join(html.unescape(re.sub(r"<[^>]+>", " ", re.sub(left_out, " ", body, flags=re.S))).split())
+    return re.sub(r" (?=[,.;:!?)])", "", text)
 
 
 def names(body: str) -> str:
