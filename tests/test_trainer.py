@@ -35,7 +35,7 @@ from tokpref.training import load_baseline_head, model_card, trl
 from tokpref.training.card import hub_name
 from tokpref.training.config import check_streams
 from tokpref.training.reference import mix_into
-from tokpref.training.setup import not_finite
+from tokpref.training.setup import make_baseline_head, not_finite
 
 PAIRS = [{"prompt": f"say {word} ", "chosen": word + "!", "rejected": other + ", never"}
          for word in ("yes", "no") for other in ("maybe", "but", "go")]
@@ -182,6 +182,12 @@ def test_quantised_weights_need_an_adapter(make, model):
     quantised.is_quantized = True
     with pytest.raises(ValueError, match="quantised weights can't be trained: add an adapter"):
         make(dict(model=quantised))
+
+
+def test_a_baseline_head_beside_sharded_weights_is_refused(model):
+    sharded = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=object()), device=torch.device("cpu"), num_processes=2)
+    with pytest.raises(ValueError, match="a baseline head can't be trained beside sharded weights: .*tbpo_a"):
+        make_baseline_head(model, 8, sharded)
 
 
 def test_deepspeed_is_refused_in_a_sentence(make, monkeypatch):

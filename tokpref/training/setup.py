@@ -254,7 +254,10 @@ BASELINE_FILE = "baseline_head.safetensors"
 
 
 def make_baseline_head(model: nn.Module, width: int, accelerator: Accelerator) -> nn.Module:
-    "A new head for the hidden states of a model, on its device; kept equal over processes as the policy is."
+    "A new head for the hidden states of a model, on its device; kept equal over processes. `ValueError` under FSDP."
+    if getattr(accelerator.state, "fsdp_plugin", None) is not None:
+        raise ValueError("a baseline head can't be trained beside sharded weights: start with torchrun, without FSDP, "
+                         "or train with loss='tbpo_a', which has none")
     head = BaselineHead(base_model(model).config.get_text_config().hidden_size, width).to(accelerator.device)
     return accelerator.prepare_model(head) if accelerator.num_processes > 1 else head
 
