@@ -38,7 +38,8 @@ def check_tokenizer(
         raise ValueError(f"tokenizer has no padding token: {PAD_MEND}")
     if model is None: return
     rows = model.get_input_embeddings().num_embeddings
-    tokens = len(tokenizer)
+    vocabulary: Any = tokenizer
+    tokens = len(vocabulary)
     if tokens > rows:
         raise ValueError(f"tokenizer has {tokens} tokens but the model embeds {rows}: use the model's own tokenizer, "
                          f"or call model.resize_token_embeddings({tokens})")
