@@ -14,6 +14,7 @@ from peft import LoraConfig, get_peft_model
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers.integrations.neftune import activate_neftune, deactivate_neftune
 
 from tokpref import (
     LOSSES,
@@ -29,12 +30,13 @@ from tokpref import (
 from tokpref.engine import gradients as gradients_of_a_chunk
 from tokpref.engine import in_place, one_pass, trial
 from tokpref.engine.attention import packed_attention, packed_inputs
-from tokpref.engine.forward import Features
+from tokpref.engine.forward import Features, full_logits_reason
 from tokpref.engine.gradients import GradientSums
 from tokpref.engine.head import Head
 from tokpref.engine.in_place import Wants
 from tokpref.engine.packing import LAYOUTS, pack_pairs, pack_rows, split_by_tokens
 from tokpref.engine.trial import choose_layout, packing_obstacle, takes_segments
+from tokpref.models import disable_dropout
 
 SMALL = dict(
     hidden_size=16,
@@ -742,3 +744,161 @@ def test_the_ways_of_an_accelerator_are_exact(name, chunk_size, as_on_an_acceler
         slow(name, model, ref_model, batch, weights),
         1e-9,
     )
+
+
+# Models that are built in another way: what `tools/scan_models.py` looks at for all of them, on a few
+
+ODD = {     # class: settings; how its numbers are had (words of the reason, None: by states and head); can be packed
+    "LlamaForCausalLM": (dict(), None, True),
+    "MllamaForCausalLM": (dict(rope_parameters={"rope_type": "default", "rope_theta": 1e4}, cross_attention_layers=[],
+                               pad_token_id=0), None, True),
+    "ModernBertDecoderForCausalLM": (dict(head_dim=None, cls_token_id=3, sep_token_id=4), "output head makes", True),
+    "BertLMHeadModel": (dict(is_decoder=True), "output head makes", True),
+    "RobertaForCausalLM": (dict(is_decoder=True), "output head makes", False),
+    "Gemma2ForCausalLM": (dict(sliding_window=64), None, True),      # left padding in a window made nan of gradients
+    "BartForCausalLM": (dict(d_model=16, decoder_layers=2, decoder_attention_heads=2, decoder_ffn_dim=32), None, False),
+}
+CONFIGS = {"MllamaForCausalLM": "MllamaTextConfig", "ModernBertDecoderForCausalLM": "ModernBertDecoderConfig",
+           "BertLMHeadModel": "BertConfig", "RobertaForCausalLM": "RobertaConfig", "BartForCausalLM": "BartConfig"}
+
+
+def odd(name: str, seed: int = 0):
+    config = getattr(transformers, CONFIGS.get(name, name.replace("ForCausalLM", "Config")))
+    settings = {key: value for key, value in (SMALL | ODD[name][0]).items() if value is not None}
+    if "d_model" in settings:
+        settings = {key: value for key, value in settings.items() if not key.startswith(("hidden", "num_", "head"))}
+    torch.manual_seed(seed)
+    return getattr(transformers, name)(config(**settings)).eval().double()
+
+
+def rows_alone(model, ref_model, batch):
+    "DPO's mean loss from plain logits, one unpadded row at a time, with nothing but its ids."
+    ratios = []
+    for ids, mask, scored in zip(
+        batch["input_ids"], batch["attention_mask"].bool(), batch["completion_mask"].bool(), strict=True
+    ):
+        def score(m, ids=ids[mask][None], kept=scored[mask][1:]):
+            return m(input_ids=ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[kept].sum()
+        with torch.no_grad(): base = score(ref_model)
+        ratios.append(score(model) - base)
+    margins = torch.stack(ratios[:len(ratios) // 2]) - torch.stack(ratios[len(ratios) // 2:])
+    return -torch.nn.functional.logsigmoid(0.1 * margins).mean()
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("name", list(ODD))
+def test_models_that_count_or_score_in_another_way(name, side, caplog):
+    model, ref_model, batch = odd(name), odd(name, 1), make_batch(side)
+    _, reason, packs = ODD[name]
+    wanted = rows_alone(model, ref_model, batch)
+    for fast in (True, False):
+        shared = None if fast else False
+        loss = pair_loss(model, ref_model, batch, LOSSES["dpo"], one_pass=fast, shared_prompt=shared).loss
+        near(loss.double(), wanted.double(), 1e-6)
+        weights = [p for p in model.parameters() if p.requires_grad]
+        ours, theirs = (torch.autograd.grad(x, weights, retain_graph=True, allow_unused=True) for x in (loss, wanted))
+        largest = max(g.abs().max() for g in theirs if g is not None).double()
+        for a, b in zip(ours, theirs, strict=True):
+            if b is not None: assert ((0 if a is None else a) - b).abs().max() < 1e-6 * largest
+    said = full_logits_reason(model)
+    assert (said is None) == (reason is None) and (reason is None or reason in said)
+    assert (packing_obstacle(model, batch) is None) == packs
+    stats = token_stats(model, ref_model, batch, kl=False)
+    near(LOSSES["dpo"](*stats).losses.mean().double(), wanted.double(), 1e-6)
+
+
+def test_a_model_that_looks_ahead_is_refused():
+    model = transformers.BertLMHeadModel(transformers.BertConfig(**SMALL)).eval()
+    with pytest.raises(ValueError, match="BertLMHeadModel looks ahead.*config.is_decoder = True"):
+        token_stats(model, model, make_batch(), kl=False)
+
+
+# Compiled models
+
+@pytest.mark.parametrize("family", ["GPT2", "Llama"])
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_a_compiled_model_keeps_the_fast_ways(family, side):
+    model, ref_model, batch = make(family), make(family, 1), make_batch(side)
+    compiled, ref_compiled = (torch.compile(m, backend="eager") for m in (model, ref_model))
+    wanted = pair_loss(model, ref_model, batch, LOSSES["tdpo2"])
+    wanted.loss.backward()
+    expected = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    found = pair_loss(compiled, ref_compiled, batch, LOSSES["tdpo2"])
+    found.loss.backward()
+    near(found.pairs.losses, wanted.pairs.losses, 1e-9)
+    close([p.grad for p in model.parameters()], expected, 1e-6)
+    assert engine.engine_obstacles(compiled, ref_compiled, batch, LOSSES["tdpo2"]) == {
+        "one_pass": None, "shared_prompt": None}
+
+
+# Noise on embeddings, mixtures of experts
+
+def test_the_noise_of_neftune_is_that_of_plain_rows():
+    "Its size goes with the length of a row, so pairs are not packed while it is on."
+    model, batch = make("Llama").train(), make_batch()
+    before = pair_loss(model, model, batch, LOSSES["dpo"], shared_prompt=True).loss
+    handle = activate_neftune(model, 5.0)
+    seen = []
+    embeddings = model.get_input_embeddings()
+    watch = embeddings.register_forward_hook(lambda module, inputs, out: seen.append((inputs[0], out.detach())))
+    reference = make("Llama")
+    pair_loss(model, reference, batch, LOSSES["dpo"])
+    ids, out = next((ids, out) for ids, out in seen if ids.shape == batch["input_ids"].shape)
+    noise = (out - embeddings.weight[ids]).detach().abs()
+    limit = 5.0 / (ids.shape[1] * 16) ** 0.5
+    assert 0.95 * limit < noise.max() <= limit and noise.mean() == pytest.approx(limit / 2, rel=0.1)
+    assert engine.engine_obstacles(model, reference, batch, LOSSES["dpo"])["shared_prompt"].endswith("length of a row")
+    watch.remove()
+    deactivate_neftune(model, handle)
+    near(pair_loss(model, model, batch, LOSSES["dpo"], shared_prompt=True).loss, before, 1e-9)
+
+
+def experts(seed: int = 0, **changes):
+    torch.manual_seed(seed)
+    config = transformers.MixtralConfig(**SMALL, num_local_experts=4, num_experts_per_tok=2, **changes)
+    config._experts_implementation = "eager"
+    return transformers.MixtralForCausalLM(config).double()
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_the_auxiliary_loss_of_a_mixture_of_experts_is_added(side):
+    asks = dict(output_router_logits=True, router_aux_loss_coef=0.1)
+    model, plain_model, ref_model, batch = experts(**asks), experts(), experts(1), make_batch(side)
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    auxiliary = 0.1 * model(**inputs, position_ids=(inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)).aux_loss
+    plain_loss = pair_loss(plain_model, ref_model, batch, LOSSES["dpo"])
+    found = pair_loss(model, ref_model, batch, LOSSES["dpo"])
+    assert auxiliary > 0.1
+    near(found.loss, plain_loss.loss + auxiliary, 1e-6)
+    near(found.pairs.losses, plain_loss.pairs.losses, 1e-6)        # the pairs' own losses are without it
+    ours, theirs = (torch.autograd.grad(x, list(model.parameters()), retain_graph=True, materialize_grads=True)
+                    for x in (found.loss, auxiliary))
+    alone = torch.autograd.grad(plain_loss.loss, list(plain_model.parameters()))
+    for a, b, c in zip(ours, theirs, alone, strict=True): near(a, b + c, 1e-6)
+    assert "auxiliary" in packing_obstacle(model, batch)
+
+
+def test_an_auxiliary_loss_that_a_model_does_not_give_is_refused():
+    model = make("Llama")
+    model.config.output_router_logits, model.config.router_aux_loss_coef = True, 0.1
+    with pytest.raises(ValueError, match="asks for an auxiliary loss, which LlamaForCausalLM does not give"):
+        pair_loss(model, model, make_batch(), LOSSES["dpo"])
+
+
+@pytest.mark.parametrize("name,noise", [("Mixtral", dict(router_jitter_noise=0.3)),
+                                        ("Phimoe", dict(router_jitter_noise=0.01, input_jitter_noise=0.3))])
+def test_router_noise_is_off_with_dropout(name, noise):
+    "On its reference a policy has no reward, in training mode as well."
+    config = getattr(transformers, f"{name}Config")(**SMALL, num_local_experts=4, num_experts_per_tok=2, **noise)
+    config._experts_implementation = "eager"
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{name}ForCausalLM")(config).double()
+    reference, batch = copy.deepcopy(model).eval(), make_batch()
+    def rewards() -> float:
+        return pair_loss(model.train(), reference, batch, LOSSES["dpo"]).pairs.chosen_rewards.abs().max().item()
+    assert rewards() > 1e-5
+    disable_dropout(model)
+    assert rewards() < 1e-12
+    copied = copy.deepcopy(model).train()
+    near(token_stats(copied, reference, batch)[0].logps, token_stats(model, reference, batch)[0].logps, 1e-12)

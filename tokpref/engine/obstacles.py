@@ -15,8 +15,9 @@ from ..models import evaluating, uncompiled, without_ddp
 from .forward import Features, full_logits_reason
 from .gradients import scored_twice
 from .in_place import Wants
-from .one_pass import PairFeatures, loss_of_features, needs_all_pairs, objective_of, pair_features, sharing_obstacle
+from .one_pass import PairFeatures, loss_of_features, needs_all_pairs, objective_of, pair_features
 from .stats import pairs_of
+from .trial import sharing_obstacle
 
 # %% ../../nbs/library/engine/10_obstacles.ipynb #bf2ed1a2
 def loss_in_two_steps(pairs: PairFeatures, loss: Callable, wants: Wants) -> Tensor:

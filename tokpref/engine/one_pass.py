@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Tile', 'group_pairs', 'plan_tiles', 'Objective', 'objective_of', 'needs_all_pairs', 'token_slopes', 'BatchLoss',
-           'PairFeatures', 'loss_of_features', 'Layout', 'sharing_obstacle', 'plan', 'known_values', 'pair_features',
-           'pair_loss', 'pair_stats']
+           'PairFeatures', 'loss_of_features', 'Layout', 'plan', 'known_values', 'pair_features', 'pair_loss',
+           'pair_stats']
 
 # %% ../../nbs/library/engine/09_one_pass.ipynb #802b83ba
 import contextlib
@@ -22,13 +22,14 @@ from torch import Tensor, nn
 from ..losses.registry import mixes_pairs
 from ..losses.types import LossSpec, PairLoss, TokenStats
 from ..models import base_model
+from . import forward
 from .attention import packed_attention, packed_inputs
 from .forward import Features, Grid, features, host_batch, moved, reference_features, response_positions, row_grid
 from .gradients import Attach, GradientSums, add_gradients, add_gradients_again, make_workspace
 from .in_place import Positions, Wants, Workspace
 from .packing import Packed, pack_pairs
 from .stats import pairs_of
-from .trial import choose_layout, packing_obstacle
+from .trial import choose_layout, sharing_obstacle
 
 # %% ../../nbs/library/engine/09_one_pass.ipynb #a708492c
 class Tile(NamedTuple):
@@ -155,7 +156,7 @@ def _in_order(parts: list[PairLoss], tiles: list[Tile]) -> PairLoss:
 class BatchLoss(NamedTuple):
     "What `pair_loss` returns; only `loss` carries gradient."
 
-    loss: Tensor                # scalar, the mean over the pairs: call .backward() on it
+    loss: Tensor                # scalar, the mean over the pairs (+ a router's loss): call .backward() on it
     pairs: PairLoss             # losses and rewards [B], detached
     chosen: TokenStats          # statistics [B, T], detached
     rejected: TokenStats        # statistics [B, T], detached
@@ -213,6 +214,7 @@ class Layout(NamedTuple):
     targets: Tensor                     # [N] token ids
     positions: tuple[Tensor, Tensor]    # [N] row and column, in what the model runs on, of the state that predicts it
     packed: Packed | None               # what the models run on; None: the batch as it is
+    rolled: bool = False                # the batch with its padding on the right
 
 
 def _layout(batch: dict, packed: Packed | None = None) -> Layout:
@@ -234,13 +236,6 @@ _log = logging.getLogger(__name__)
 _told: set[str] = set()
 
 
-def sharing_obstacle(batch: dict, models: list[nn.Module]) -> str | None:
-    "Why one of the models can't take packed pairs; None: all can."
-    whys = ((model, packing_obstacle(model, batch)) for model in models)
-    says = (f"{type(base_model(model)).__name__} can't take packed pairs: {why}" for model, why in whys if why)
-    return next(says, None)
-
-
 def plan(batch: dict, models: list[nn.Module], shared_prompt: bool | None) -> Layout:
     "Where everything goes, as packed pairs if that is asked for and can be. An accelerator is waited for only once."
     device, here = batch["input_ids"].device, host_batch(batch)
@@ -250,7 +245,9 @@ def plan(batch: dict, models: list[nn.Module], shared_prompt: bool | None) -> La
     if why and why not in _told:
         _told.add(why)
         _log.warning("%s; each response runs with its own prompt", why)
-    if shared_prompt is False or why: return moved(_layout(here), device)
+    if shared_prompt is False or why:
+        left = not bool(here["attention_mask"][:, 0].all())
+        return moved(_layout(forward.right_padded(here) if left else here), device)._replace(rolled=left)
     hidden_size = base_model(models[0]).config.get_text_config().hidden_size
     packed = pack_pairs(here, hidden_size, choose_layout(models, batch, here))
     return moved(_layout(here, packed), device)
@@ -277,7 +274,9 @@ def pair_features(
 ) -> PairFeatures:
     "One forward pass of the reference, if it is needed, and one of the policy."
     models = [m for m in (model, ref_model) if m is not None]
+    batch = forward.as_counted(batch, *models)
     layout = plan(batch, models, shared_prompt)
+    if layout.rolled: batch = forward.right_padded(batch)
     packed = layout.packed
     run_reference = wants.both or (needs_reference and batch.get("ref_logps") is None)
     def inputs(m: nn.Module) -> dict: return batch if packed is None else packed_inputs(packed, m)
@@ -310,10 +309,10 @@ def pair_loss(
 ) -> BatchLoss:
     """The mean loss of B preference pairs with its gradient, and what a log wants to know.
 
-    Under `torch.no_grad` statistics and losses only. A reference that neither the loss, as its entry of LOSSES says,
-    nor a KL needs is not run, and the statistics then have no `ref_logps`. Raises `ValueError` as `token_stats` does,
-    when the loss of a pair depends on the other pairs, and when `shared_prompt=True` and a model can't take packed
-    pairs. Source: @eq-one-pass of the chapter.
+    A mixture of experts adds its auxiliary loss. Under `torch.no_grad` statistics and losses only. A reference that
+    neither the loss, as its entry of LOSSES says, nor a KL needs is not run, and the statistics then have no
+    `ref_logps`. Raises `ValueError` as `token_stats` does, when the loss of a pair depends on the other pairs, and when
+    `shared_prompt=True` and a model can't take packed pairs. Source: @eq-one-pass of the chapter.
     """
     objective = objective_of(loss, options)
     wants = objective.wants(kl, reverse_kl, entropy)
@@ -322,7 +321,9 @@ def pair_loss(
                          "pairs at a time: pass one_pass=False")
     pairs = pair_features(model, ref_model, batch, wants, needs_reference=objective.reference, baseline=baseline,
                           shared_prompt=shared_prompt)
-    return loss_of_features(pairs, objective.loss, wants, one_pass=one_pass, chunk_size=chunk_size, workspace=workspace)
+    done = loss_of_features(pairs, objective.loss, wants, one_pass=one_pass, chunk_size=chunk_size, workspace=workspace)
+    auxiliary = pairs.policy.auxiliary
+    return done if auxiliary is None else done._replace(loss=done.loss + auxiliary)
 
 # %% ../../nbs/library/engine/09_one_pass.ipynb #6c0a739a
 def pair_stats(
