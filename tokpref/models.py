@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['models_root', 'local_model', 'load_tokenizer', 'load_model', 'loading_options', 'lora', 'add_adapter',
            'fastest_device', 'Precision', 'pick_precision', 'autocast', 'autocast_dtype', 'unwrapped', 'without_ddp',
-           'base_model', 'max_positions', 'layers_of', 'compile_layers', 'uncompiled', 'evaluating', 'disable_dropout',
-           'frozen', 'has_adapter', 'pick_reference', 'reference_of']
+           'base_model', 'is_compiled', 'max_positions', 'layers_of', 'compile_layers', 'uncompiled', 'evaluating',
+           'disable_dropout', 'frozen', 'has_adapter', 'pick_reference', 'reference_of']
 
 # %% ../nbs/library/01_models.ipynb #451b2397
 import contextlib
@@ -15,6 +15,7 @@ import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import MethodType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, cast
 
 import torch
@@ -256,9 +257,17 @@ def without_ddp(model: _Model) -> _Model:
 
 
 def base_model(model: nn.Module) -> PreTrainedModel:
-    "The transformers model inside DDP and PEFT wrappers; a compiled model stays compiled."
-    inner = unwrapped(model)
-    return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+    "The transformers model inside the wrappers of DDP, PEFT and `torch.compile`: to look at, not to run."
+    inner = unwrapped(getattr(unwrapped(model), "_orig_mod", unwrapped(model)))
+    inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+    return getattr(inner, "_orig_mod", inner)
+
+
+def is_compiled(model: nn.Module) -> bool:
+    "Whether `torch.compile` made a whole model of it, whose inner modules can't be watched."
+    whole = unwrapped(model)
+    inner = whole.get_base_model() if hasattr(whole, "get_base_model") else whole
+    return any(hasattr(module, "_orig_mod") for module in (model, whole, inner))
 
 
 def max_positions(*models: nn.Module | None) -> int | None:
@@ -296,12 +305,23 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         for module in training: module.training = True
 
 
+def _stay_in_eval_mode(module: nn.Module, mode: bool = True) -> nn.Module:
+    return nn.Module.train(module, False)
+
+
 def disable_dropout(model: nn.Module) -> None:
-    "Set every dropout probability in the model to zero, those of adapters and of whole layers included."
+    """Set every dropout probability in the model to zero, those of adapters and of whole layers included.
+
+    The noise of a mixture of experts goes as well: the jitter of its inputs, and routers that draw their experts.
+    """
     for module in model.modules():
+        if hasattr(module, "router_jitter_noise"):      # it draws in training mode, so it stays in the other
+            module.train = MethodType(_stay_in_eval_mode, module)
+            module.eval()
         own = "p" if "Dropout" in type(module).__name__ else None
         for name, value in list(vars(module).items()):
             is_dropout = name == own or "dropout" in name or "layerdrop" in name
+            is_dropout = is_dropout or name in ("jitter_noise", "input_jitter_noise", "moe_jitter_eps")
             if is_dropout and isinstance(value, float): setattr(module, name, 0.0)
 
 

@@ -38,6 +38,7 @@ from ..data import PrepReport, check_tokenizer, prepare
 from ..engine.head import check_language_model
 from ..engine.obstacles import engine_obstacles
 from ..engine.reference import add_ref_logps, cached_ref_logps
+from ..engine.trial import NOISE_OBSTACLE
 from ..losses import BaselineHead
 from ..losses.registry import LossSpec, mixes_pairs
 from .config import PreferenceConfig
@@ -294,6 +295,7 @@ def choose_engine(
 ) -> dict[str, bool]:                   # `one_pass` and `shared_prompt` of `pair_loss`
     "The fast ways that are asked for and, tried on this batch, change nothing; one line in the log says which."
     obstacles = engine_obstacles(model, ref_model, batch, loss, baseline=baseline)
+    if args.neftune_noise_alpha is not None: obstacles["shared_prompt"] = NOISE_OBSTACLE   # it comes with training
     reasons = {name: why if getattr(args, name) else "switched off" for name, why in obstacles.items()}
     lines = [name.replace("_", " ") + (f" off ({why})" if why else " on") for name, why in reasons.items()]
     _tell(logging.WARNING if any(obstacles.values()) else logging.INFO, "engine: %s", "; ".join(lines))
