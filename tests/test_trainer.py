@@ -762,3 +762,11 @@ def test_a_saved_baseline_head_is_read_back(make, tmp_path, width):
     trainer.save_model(tmp_path / "saved")
     assert_close(load_baseline_head(tmp_path / "saved").state_dict(), trainer.baseline_head.state_dict())
     with pytest.raises(FileNotFoundError, match="baseline_head.safetensors"): load_baseline_head(tmp_path)
+
+
+def test_each_row_of_what_others_ran_into_is_a_test():
+    here = Path(__file__).parent
+    page = (here.parent / "nbs/library/training/03_trainer.ipynb").read_text(encoding="utf-8")
+    names = set(re.findall(r"`(test_\w+)`", page))
+    there = set(re.findall(r"def (test_\w+)\(", "".join(p.read_text(encoding="utf-8") for p in here.glob("test_*.py"))))
+    assert len(names) >= 18 and names <= there
