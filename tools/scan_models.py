@@ -14,6 +14,7 @@ import math
 import signal
 import sys
 import warnings
+from typing import Any
 
 import torch
 import transformers
@@ -191,7 +192,7 @@ def difference(ours, wanted) -> float:
 
 def look(kind: str, name: str) -> dict:
     "What the engine does with one class."
-    found = {"type": kind, "class": name}
+    found: dict[str, Any] = {"type": kind, "class": name}
     try: model = build(kind, name)
     except Exception as error: return found | {"built": False, "why": f"{type(error).__name__}: {str(error)[:160]}"}
     found["built"] = True

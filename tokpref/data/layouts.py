@@ -107,7 +107,7 @@ def arrange(
         options = {"question": question, "system": system}
     if change is None: return dataset
     used = [column for column in columns if column in ("conversations", "chosen", "rejected", *options.values())]
-    rows = [_named(change, row, name, i, options) for i, row in enumerate(dataset.select_columns(used))]
+    rows = [_named(change, dict(row), name, i, options) for i, row in enumerate(dataset.select_columns(used))]
     rest = dataset.remove_columns(used)
     pairs = Dataset.from_list(rows)
     return concatenate_datasets([rest, pairs], axis=1) if rest.column_names else pairs
