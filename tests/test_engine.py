@@ -453,6 +453,7 @@ def test_rounding_of_a_loss_of_nothing_is_no_obstacle(name):
 def test_a_loss_without_a_reference_does_not_run_it():
     model, batch, calls = make("Llama"), make_batch(), []
     ref_model = make("Llama", 1)
+    pair_loss(model, ref_model, batch, LOSSES["dpo"])       # both models are tried, once
     ref_model.register_forward_hook(lambda *_: calls.append("reference"))
     simpo = functools.partial(LOSSES["simpo"], beta=2.0)
     bare = pair_loss(model, None, batch, simpo, shared_prompt=False)
@@ -467,6 +468,7 @@ def test_a_loss_without_a_reference_does_not_run_it():
 
 def test_a_loss_without_a_reference_runs_an_adapter_once():
     model, calls = get_peft_model(make("Llama"), LoraConfig(r=2, target_modules=["q_proj"])).double(), []
+    pair_loss(model, None, make_batch(), LOSSES["dpo"], shared_prompt=False)        # the model is tried, once
     model.get_base_model().register_forward_hook(lambda *_: calls.append(1))
     for name, runs in (("simpo", 1), ("dpo", 2)):
         calls.clear()

@@ -342,7 +342,7 @@ def test_a_policy_on_its_reference_is_never_right(model):
     "bad, message",
     [
         (dict(dataset=[]), "empty"),
-        (dict(loss="dop"), "did you mean 'dpo'"),
+        (dict(loss="ddpo"), "did you mean 'dpo'"),
         (dict(beta=0.0), "beta"),
         (dict(loss_options={"alpha2": 1}), "alpha2"),
         (dict(ref_model=None), "needs the reference"),

@@ -23,6 +23,7 @@ from tokpref.data import PreferenceCollator
 from tokpref.evaluation import estimate, preference_metrics, sample, sample_kl
 from tokpref.experiments import letters, reviews
 from tokpref.experiments.compare import (
+    BASELINES,
     TASKS,
     VARIANTS,
     LossRun,
@@ -45,6 +46,7 @@ from tokpref.experiments.compare import (
 )
 from tokpref.experiments.compare import run as harness
 from tokpref.experiments.compare.record import weights_digest
+from tokpref.experiments.compare.resolve import swept
 from tokpref.experiments.tasks import toy
 from tokpref.losses import LOSSES, LossSpec
 from tokpref.models import load_model, load_tokenizer
@@ -61,9 +63,12 @@ def test_every_label_and_profile_is_sound():
         for profile in find_task(name).profiles:
             _, config = find_task(name).configure(profile)
             runs = resolve_losses(None, config, find_task(name).variants)
-            assert set(runs) == set(config.losses) and all(
-                run.loss in LOSSES and run.beta > 0 and run.learning_rate > 0 for run in runs.values()
-            )
+            labels = [part for label in config.losses for part in (swept(config) if label == "sweep" else [label])]
+            assert set(runs) == set(labels)
+            for run in runs.values():
+                if run.loss in LOSSES: assert run.beta > 0
+                else: assert run.loss in BASELINES
+                assert run.learning_rate > 0
             assert config.steps % config.eval_steps == 0
     assert {run.loss for run in VARIANTS.values()} >= {
         "dpo",
