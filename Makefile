@@ -34,8 +34,8 @@ test-notebooks: $(VENV)/.dev  ## run the notebooks' own tests, two at a time
 	@$(QUIET) $(BIN)/nbdev_test --n_workers $(WORKERS) --timing \
 	 || { echo "notebooks: a cell failed; its error is above. Open that notebook, mend the cell, then: make prepare"; exit 1; }
 
-test-python: $(VENV)/.dev  ## run pytest on tests/
-	@$(QUIET) $(BIN)/python -m pytest tests
+test-python: $(VENV)/.dev  ## run pytest on tests/, two files at a time
+	@$(QUIET) $(BIN)/python -m pytest tests --numprocesses $(WORKERS) --dist loadfile
 
 nb: $(VENV)/.dev  ## while writing one notebook: export, lint, run, store, clean it (NB=nbs/derivations/02_dpo.ipynb)
 	@$(QUIET) $(BIN)/python tools/nb.py $(NB)
