@@ -1,9 +1,6 @@
 """The pair that the chapters colour, and the tool that recorded it."""
 import importlib.util
 import json
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -73,11 +70,3 @@ def test_the_recorded_pair_is_whole():
     pair = film_pair()
     assert len(pair.losses) == 8 and pair.steps == [0, 30, 60, 90, 120]
     with pytest.raises(ValueError, match="did you mean 'dpo'"): pair.stats("dpoo")
-
-
-@pytest.mark.skipif(shutil.which("pyright") is None, reason="pyright is not installed")
-def test_the_tool_has_no_type_error():
-    done = subprocess.run(
-        ["pyright", "--pythonpath", sys.executable, str(TOOL)], cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout

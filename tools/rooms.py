@@ -16,6 +16,7 @@ ROOMS = (
     "checks",
     "losses",
     "exact",
+    "precision",
     "models",
     "data",
     "engine",

@@ -109,7 +109,8 @@ def run_evaluate(args: argparse.Namespace) -> None:
     "Measure the model on held-out pairs and print the numbers."
     from tokpref.data import PreferenceCollator
     from tokpref.evaluation import preference_metrics
-    from tokpref.models import fastest_device, has_adapter, load_model, load_tokenizer
+    from tokpref.models import has_adapter, load_model, load_tokenizer
+    from tokpref.precision import fastest_device
     from tokpref.training import load_baseline_head
     if not args.data: raise ValueError("--data is missing: say which preference pairs to measure on")
     options = parse_options("--loss-options", args.loss_options)

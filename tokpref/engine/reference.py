@@ -24,7 +24,8 @@ from tqdm.auto import tqdm
 
 from ..data import PreferenceCollator
 from ..losses.types import TokenStats
-from ..models import autocast_dtype, base_model, evaluating, unwrapped
+from ..models import base_model, evaluating, unwrapped
+from ..precision import autocast_dtype
 from .one_pass import pair_stats
 
 # %% ../../nbs/library/engine/11_reference.ipynb #8006cb99

@@ -22,7 +22,8 @@ from torch import nn
 
 from ..data import load_texts, prepare
 from ..evaluation import encode_prompt, reward_kl_point, sample
-from ..models import autocast, fastest_device, frozen, has_adapter, load_model, load_tokenizer, pick_precision
+from ..models import frozen, has_adapter, load_model, load_tokenizer
+from ..precision import autocast, fastest_device, pick_precision
 from .compare import Problem
 from .compare.stages import Preparation, Stage, StageWork
 from .pretrained.pairs import HubConfig, as_text, load_pairs

@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from ..models import autocast
+from ..precision import autocast
 from .compare import RunConfig
 
 # %% ../../nbs/experiments/00_scratch.ipynb #e5536618

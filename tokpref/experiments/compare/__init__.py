@@ -1,6 +1,6 @@
 """Every loss from one start."""
 
-from ...models import autocast
+from ...precision import autocast
 from .baselines import BASELINES, Baseline
 from .figures import comparison_figure, history_figure
 from .labels import VARIANTS, LossRun, parse_label

@@ -21,7 +21,8 @@ from transformers import TrainerCallback
 from ...data import PreferenceCollator
 from ...engine import pair_stats
 from ...evaluation import sample, score_samples
-from ...models import autocast, evaluating
+from ...models import evaluating
+from ...precision import autocast
 from .problem import Problem
 
 # %% ../../../nbs/experiments/compare/05_measure.ipynb #3f96a522

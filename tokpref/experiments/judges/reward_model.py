@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from ...models import fastest_device, local_model, pick_precision
+from ...models import local_model
+from ...precision import fastest_device, pick_precision
 from .verdicts import digest, prompt_text
 
 # %% ../../../nbs/experiments/judges/02_reward_model.ipynb #97a6bf5e

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from ...data import PreferenceCollator
 from ...evaluation import Samples, diversity, predictive_entropy, preference_table, sample, sample_kl
 from ...evaluation.estimate import clustered_estimate
-from ...models import autocast, has_adapter
+from ...models import has_adapter
+from ...precision import autocast
 from ..judges import wins
 from .pairs import HubConfig
 

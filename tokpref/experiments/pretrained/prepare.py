@@ -15,7 +15,8 @@ from typing import Any
 from datasets import Dataset
 
 from ...data import prepare
-from ...models import fastest_device, load_model, load_tokenizer, pick_precision
+from ...models import load_model, load_tokenizer
+from ...precision import fastest_device, pick_precision
 from ..compare import Problem, read_json, write_json
 from ..compare.stages import Preparation, Stage, StageWork
 from ..judges import open_judge

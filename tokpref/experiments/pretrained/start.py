@@ -17,7 +17,8 @@ from torch import nn
 from transformers import DataCollatorForSeq2Seq, PrinterCallback, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from ...models import Precision, add_adapter, disable_dropout, lora
+from ...models import add_adapter, disable_dropout, lora
+from ...precision import Precision
 
 # %% ../../../nbs/experiments/pretrained/00_start.ipynb #97c09350
 def sft_rows(

@@ -19,7 +19,8 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from ...models import fastest_device, frozen, load_model, load_tokenizer, local_model, pick_precision
+from ...models import frozen, load_model, load_tokenizer, local_model
+from ...precision import fastest_device, pick_precision
 from ..compare import Problem, read_json, write_json
 from ..compare.stages import Preparation, Stage, StageWork
 from ..pretrained.start import StartConfig, sft

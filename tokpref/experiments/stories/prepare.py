@@ -14,7 +14,8 @@ from typing import Any
 from datasets import Dataset
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from ...models import fastest_device, frozen
+from ...models import frozen
+from ...precision import fastest_device
 from ..compare import Problem, read_json, write_json
 from ..compare.stages import Preparation, Stage, StageWork
 from ..scratch import fresh_model

@@ -20,7 +20,7 @@ from torch import nn
 
 from ...data import load_texts
 from ...evaluation import sample
-from ...models import autocast
+from ...precision import autocast
 from ..compare import Problem, Task, read_json, read_profiles, write_json
 from ..compare.stages import Preparation, Stage, StageWork
 from ..judges import BETTER_SUMMARY, open_judge, wins
