@@ -252,8 +252,8 @@ def auxiliary_loss(base: nn.Module, out: Any) -> Tensor | None:
     asks = [c for c in (config, config.get_text_config()) if getattr(c, "output_router_logits", False)]
     weight = getattr(asks[0], "router_aux_loss_coef", None) if asks else None
     if not weight: return None
-    found = getattr(out, "aux_loss", None)
-    if isinstance(found, Tensor): return weight * found
+    own_loss = getattr(out, "aux_loss", None)
+    if isinstance(own_loss, Tensor): return weight * own_loss
     raise ValueError(f"output_router_logits=True asks for an auxiliary loss, which {type(base).__name__} does not "
                      "give: set model.config.output_router_logits = False")
 

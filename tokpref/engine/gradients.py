@@ -237,7 +237,7 @@ class _ScoredTwice(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor | None):  # pyright: ignore[reportIncompatibleMethodOverride]  by once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor | None):  # pyright: ignore[reportIncompatibleMethodOverride]
         grad_logps, _, grad_kl, _, _ = grad_outputs
         states, weight, bias, norm, ref_norm = ctx.saved_tensors
         slopes = {"logps": torch.zeros_like(norm) if grad_logps is None else grad_logps}
@@ -274,7 +274,7 @@ class Attach(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]  by once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         upstream, = grad_outputs
         plain = on_cpu(upstream.device) and upstream.item() == 1.0
         scaled = (g if g is None or plain else g * upstream.to(g.dtype) for g in ctx.saved_tensors)

@@ -55,7 +55,7 @@ def policy_to_train(problem: Problem) -> nn.Module:
     model = copy.deepcopy(problem.policy)
     if problem.adapter is not None:
         from peft import get_peft_model
-        model = get_peft_model(model, problem.adapter)      # pyright: ignore[reportArgumentType]  # a transformers model
+        model = get_peft_model(model, problem.adapter)      # pyright: ignore[reportArgumentType]
     disable_dropout(model)
     return model
 
@@ -208,7 +208,8 @@ def train_ppo(problem: Problem, reference, config: RunConfig, run: LossRun, seed
     different = dict.fromkeys(tuple(row) for row in problem.train["prompt_ids"])
     prompts = Dataset.from_list([{"prompt_ids": list(prompt)} for prompt in different])
     collate = lambda rows: {"prompt_ids": [row["prompt_ids"] for row in rows]}
-    trainer = PolicyGradientTrainer(policy_to_train(problem), arguments, collate, prompts,      # pyright: ignore  # rows
+    policy = policy_to_train(problem)
+    trainer = PolicyGradientTrainer(policy, arguments, collate, prompts,      # pyright: ignore
                                     processing_class=problem.tokenizer)
     return train_along(trainer.setup(problem, reference, options, run.beta), path)
 
