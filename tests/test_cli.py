@@ -11,6 +11,7 @@ from peft import LoraConfig, get_peft_model
 
 from tokpref import LOSSES, cli, training
 from tokpref.cli import main, read_yaml, train_settings
+from tokpref.precision import Precision
 
 PAIRS = [{"prompt": f"say {word} ", "chosen": word + "!", "rejected": other + ", never"}
          for word in ("yes", "no") for other in ("maybe", "but", "go")]
@@ -272,6 +273,25 @@ def test_only_the_first_process_speaks(run, home, monkeypatch):
 
 
 # Evaluate and data
+
+def test_evaluation_computes_in_the_precision_that_is_asked_for(run, home, monkeypatch):
+    "Where there is no GPU only float32 is to be had; under autocast, as on a card, the numbers are near."
+    given = ["evaluate", "--model", str(home / "adapter"), "--split", "train", "--json", str(home / "precise.json")]
+    code, text = run(*given, "--precision", "bfloat16")
+    assert code == 2 and "needs a GPU" in text
+    assert run(*given)[0] == 0
+    precise = json.loads((home / "precise.json").read_text())
+    seen = []
+
+    def metrics(*args, **kwargs):
+        seen.append(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32)
+        return precise
+
+    monkeypatch.setattr("tokpref.evaluation.preference_metrics", metrics)
+    monkeypatch.setattr("tokpref.precision.pick_precision", lambda name: Precision(torch.bfloat16, "bf16"))
+    monkeypatch.setattr("tokpref.precision.autocast", lambda mixed: torch.autocast("cpu", torch.bfloat16))
+    assert run(*given, "--precision", "auto")[0] == 0 and seen == [torch.bfloat16]
+
 
 def test_adpo_is_evaluated(run, home):
     given = "evaluate", "--model", home / "adapter", "--split", "train", "--loss", "adpo"

@@ -354,6 +354,50 @@ def test_other_weights_in_the_same_folder_are_another_start_and_another_run(task
     with pytest.raises(ValueError, match="differ in models"): merge_records(first, second)
 
 
+def test_other_rows_in_the_same_file_are_another_start_and_another_run(task, named, tmp_path):
+    "A row that is mended in `pairs.jsonl` counts, as other weights in the folder of a model do."
+    rows = [{"prompt": f"What is {i}?", "chosen": f"It is {i}.", "rejected": "No idea."} for i in range(24)]
+    path = tmp_path / "pairs.jsonl"
+    more = {"model": named, "source": str(path), "test_split": "", "eval_pairs": 6, "train_pairs": 0, "sft_epochs": 1.0,
+            "sft_batch": 24, "sft_learning_rate": 1e-3, "sft_warmup_steps": 0, "losses": ["dpo"], "steps": 1,
+            "eval_steps": 1}
+
+    def again(rows):
+        path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+        return compare(task, out=tmp_path / "out", overrides=more, progress=False)
+
+    first = again(rows)
+    assert again(rows)["runs"] == first["runs"] and list(first["data"]) == [str(path)], "the same rows, written again"
+    second = again([{**row, "chosen": row["chosen"] + " Of course it is."} for row in rows])
+    assert second["data"] != first["data"] and second["runs"] != first["runs"]
+    assert len(list((tmp_path / "out" / "prepared").glob("sft-*"))) == len(list((tmp_path / "out/runs").iterdir())) == 2
+    with pytest.raises(ValueError, match="differ in data"): merge_records(first, second)
+
+
+@pytest.mark.parametrize("judge, error, says", [
+    ("reward:nobody/none", FileNotFoundError, "cannot load the judge 'nobody/none'"),
+    ("m@http://127.0.0.1:9/v1", PermissionError, "set OPENAI_API_KEY")])
+def test_a_judge_that_cannot_be_asked_stops_before_anything_is_tuned(
+        task, named, tmp_path, monkeypatch, judge, error, says):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.setattr(pretrained.prepare, "sft", None)
+    more = {"model": named, "sft_epochs": 1.0, "judge": judge}
+    with pytest.raises(error, match=says): compare(task, out=tmp_path / "out", overrides=more, progress=False)
+    monkeypatch.setattr(pretrained.prepare, "load_pairs", None)
+    for label in ("ppo", "best-of-2"):      # and no reward is looked for in a task that has none
+        with pytest.raises(ValueError, match=f"{label}.*needs a known reward"):
+            compare(task, losses=[label], out=tmp_path / "out", overrides=more, progress=False)
+
+
+def test_a_model_from_scratch_is_kept_with_its_tokenizer(task, tmp_path):
+    more = {"losses": ["dpo"], "steps": 1, "eval_steps": 1, "hidden_size": 16, "layers": 1, "heads": 2,
+            "lm_tokens": 2000, "vocab_size": 300}
+    compare(task, out=tmp_path, overrides=more, progress=False)
+    (start,) = (tmp_path / "prepared").glob("language_model-*")
+    (words,) = (tmp_path / "prepared").glob("tokenizer-*")
+    assert load_tokenizer(str(start)).get_vocab() == load_tokenizer(str(words)).get_vocab()
+
+
 def test_chat_messages_go_through_the_template(named, tmp_path):
     tokenizer = load_tokenizer(named)
     tokenizer.chat_template = (
@@ -380,16 +424,11 @@ def test_chat_messages_go_through_the_template(named, tmp_path):
         )
 
 
-def test_a_run_that_nobody_made_is_announced(tmp_path, capsys):
+def test_a_run_that_nobody_made_is_left_out_without_a_word(tmp_path, capsys):
+    "A published page has no line on what it does not show."
     (tmp_path / "dialogue-nano.json").write_text('{"seeds": [0]}', encoding="utf-8")
-    assert measured_runs("dialogue", ("nano", "paper"), tmp_path) == {"nano": {"seeds": [0]}}
-    assert (
-        capsys.readouterr().out
-        == "paper: no run yet. It is made with: tokpref compare --task dialogue --profile paper\n"
-    )
-    assert measured_runs("dialogue", ("smol", "smol-cpu"), tmp_path) == {}
-    on_a_card, on_a_cpu = capsys.readouterr().out.splitlines()
-    assert on_a_card.endswith("with: make gpu") and on_a_cpu.endswith("--profile smol --set steps=2")
+    assert measured_runs("dialogue", ("nano", "smol", "paper"), tmp_path) == {"nano": {"seeds": [0]}}
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize("place", ["here", "beside"])

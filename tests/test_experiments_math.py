@@ -240,6 +240,27 @@ def test_pairs_are_counted_by_author_as_text_and_as_messages(tmp_path, model, to
     assert found["accuracy_person"] == found["accuracy_model"] == 0.5 and found["accuracy_person_se"] == 0
 
 
+def test_pairs_of_ones_own_need_not_say_who_wrote_them(tmp_path, model, tokenizer):
+    rows = [{"prompt": f"What is {i}?", "chosen": f"It is {i}.", "rejected": "No."} for i in range(18)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    model.save_pretrained(tmp_path / "model"), tokenizer.save_pretrained(tmp_path / "model")
+    config = GSM8KConfig(model=str(tmp_path / "model"), source=str(tmp_path / "pairs.jsonl"), test_split="",
+                         eval_pairs=6, max_length=100, max_new_tokens=4, prompts=2, precision="float32")
+    problem = gsm8k.prepare_gsm8k(config, tmp_path, progress=False)
+    found = problem.evaluate(problem.policy)
+    assert found["accuracy"] == 0.5 and "accuracy_person" not in found
+
+
+def test_questions_without_a_test_split_stop_before_anything_is_sampled(tmp_path, model, tokenizer):
+    rows = [{"question": f"What is {i}?", "answer": f"It is {i}.\n#### {i}"} for i in range(4)]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    model.save_pretrained(tmp_path / "model"), tokenizer.save_pretrained(tmp_path / "model")
+    config = GSM8KConfig(model=str(tmp_path / "model"), questions=str(tmp_path / "train.jsonl"), completions=2)
+    with pytest.raises(ValueError, match="a file is one split"):
+        gsm8k.prepare_gsm8k(config, tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.skipif(not data.data_root(), reason="needs the data")
 def test_given_pairs_know_their_authors(tmp_path):
     quick = {

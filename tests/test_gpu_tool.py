@@ -46,7 +46,7 @@ def calls(tmp_path, monkeypatch):
         if name == "engine": return "failed (1)"
         target.write_text(
             json.dumps(
-                {"complete": seeds == gpu.ALL, "seeds": [0, 1, 2][:seeds]}
+                {"complete": seeds == gpu.ALL, "finished_seeds": min(seeds, 3)}
                 if name in gpu.COMPARISONS
                 else {"broken": []}
             )
@@ -82,10 +82,18 @@ def test_without_the_model_its_comparisons_wait_and_the_others_run(calls, monkey
 
 def test_results_of_the_repository_count(calls, tmp_path):
     (tmp_path / "results" / "engine-cuda.json").write_text("{}")
-    (tmp_path / "results" / "sentiment-gpu.json").write_text(json.dumps({"complete": False, "seeds": [0]}))
+    (tmp_path / "results" / "sentiment-gpu.json").write_text(json.dumps({"complete": False, "finished_seeds": 1}))
     (tmp_path / "results" / "cuda-tests.json").write_text(json.dumps({"broken": ["test_it"]}))
     assert gpu.main(["--only", "tests", "engine", "sentiment"]) == 0
     assert calls == [("tests", 1), ("sentiment", 2), ("sentiment", gpu.ALL)]
+
+
+def test_a_seed_that_was_cut_off_half_way_goes_on(calls, tmp_path):
+    "Some losses of the first seed are there: it comes before the second seed of anything."
+    (tmp_path / "results" / "math-smol.json").write_text(
+        json.dumps({"complete": False, "seeds": [0], "finished_seeds": 0}))
+    assert gpu.main(["--only", "math-smol"]) == 0
+    assert calls == [("math-smol", seeds) for seeds in (1, 2, gpu.ALL)]
 
 
 def test_nothing_starts_when_the_time_is_up(calls, capsys):

@@ -14,6 +14,7 @@ import torch
 
 from tokpref.data import data_root, load_texts
 from tokpref.evaluation import win_rate
+from tokpref.evaluation.estimate import clustered_estimate
 from tokpref.experiments import judges
 from tokpref.experiments.judges import CachedJudge, EndpointJudge, RewardJudge, longer_is_better, open_judge
 
@@ -308,12 +309,49 @@ def test_a_long_prompt_is_cut_and_the_response_is_not(reward_folder):
     assert judge.scores(["a" * 500], ["yes"]) != judge.scores(["a" * 500], ["no!"])
 
 
+def test_a_chat_is_cut_by_whole_turns_and_keeps_its_system_message(reward_folder):
+    "Not in the middle of a turn, whose beginning and role would be lost."
+    tokenizer, _ = RewardJudge(reward_folder).parts
+    tokenizer.chat_template = "{% for m in messages %}({{ m.role[0] }} {{ m.content }}){% endfor %}"
+    talk = [{"role": "system", "content": "be kind"}]
+    for i in range(8): talk += [{"role": "user", "content": f"ask {i}"}, {"role": "assistant", "content": f"say {i}"}]
+    talk.append({"role": "user", "content": "and now"})
+    encode = judges.reward_model._encode
+    whole = encode(tokenizer, talk, "yes", 1000)["input_ids"]
+    limit = len(whole) - 30
+    cut = tokenizer.decode(encode(tokenizer, talk, "yes", limit)["input_ids"])
+    assert len(encode(tokenizer, talk, "yes", limit)["input_ids"]) <= limit
+    text = cut.replace(" ", "")
+    assert text.startswith("(sbekind)(uask") and "(uandnow)(ayes)" in text and "(uask0)" not in text
+    assert tokenizer.decode(whole).replace(" ", "").startswith("(sbekind)(uask0)")
+
+
 def test_other_weights_are_another_judge(reward_folder):
+    "Wherever in the file they differ."
     before = RewardJudge(reward_folder).name
     model = RewardJudge(reward_folder).parts[1]
-    with torch.no_grad(): model.transformer.wte.weight += 1
-    model.save_pretrained(reward_folder)
-    assert before.startswith("reward rm ") and RewardJudge(reward_folder).name != before
+    names = {before}
+    for weight in (model.transformer.wte.weight, model.score.weight, model.transformer.ln_f.bias):
+        with torch.no_grad(): weight += 1
+        model.save_pretrained(reward_folder)
+        names.add(RewardJudge(reward_folder).name)
+    assert before.startswith("reward rm ") and len(names) == 4
+
+
+def test_a_judge_is_checked_before_it_is_asked(reward_folder, tmp_path, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    for there in ("longer", f"reward:{reward_folder}"): open_judge(there, tmp_path).check()
+    for spec, error, says in (("reward:nobody/none", FileNotFoundError, "cannot load the judge 'nobody/none'"),
+                              ("m@http://127.0.0.1:9/v1", PermissionError, "set OPENAI_API_KEY")):
+        judge = open_judge(spec, tmp_path)
+        with pytest.raises(error, match=says): judge.check()
+        judge.path.write_text("", encoding="utf-8")
+        judge.check()       # what is on record needs neither key nor model
+    model = RewardJudge(reward_folder).parts[1]
+    model.config.num_labels = 2
+    model.config.save_pretrained(reward_folder)
+    with pytest.raises(ValueError, match="2 scores: set label"): RewardJudge(reward_folder).check()
+    RewardJudge(reward_folder, label=1).check()
 
 
 # Words for judges, numbers of comparisons, length
@@ -346,6 +384,19 @@ def test_bootstrap_draws_rows_together():
     low, high = judges.bootstrap_interval(lambda a: float(a.mean()), x)
     assert low < x.mean() < high
     with pytest.raises(ValueError): judges.bootstrap_interval(max, [1.0], [1.0])
+
+
+def test_the_error_of_a_bin_is_clustered_by_prompt():
+    "Four answers of two prompts: three agree with each other, and as four independent ones the error would be 0.25."
+    rows = [{"prompt_id": i, "chosen": "a b", "rejected": "c", "chosen_model": name, "rejected_model": "other",
+             "score_chosen": score, "score_rejected": 0.0}
+            for name, i, score in (("x", 0, 1.0), ("y", 0, 1.0), ("z", 0, 1.0), ("x", 1, 0.0), ("y", 1, 0.0))]
+    study = judges.length_study([*rows, {**rows[0], "prompt_id": 2, "chosen": "w " * 60}], "other")
+    values, clusters = [1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0], [0, 0, 0, 1, 1, 0, 1, 2]
+    expected = clustered_estimate(torch.tensor(values), clusters)
+    (first, *_) = study["bins"]
+    assert first["n"] == 8 and first["score"] == pytest.approx(expected.value)
+    assert first["se"] == pytest.approx(expected.se) != pytest.approx(torch.tensor(values).std() / 8**0.5)
 
 
 @pytest.mark.skipif(not data_root(), reason="set TOKPREF_DATA")

@@ -15,6 +15,7 @@ import argparse
 import importlib
 import importlib.util
 import json
+import logging
 import os
 import shutil
 import signal
@@ -161,6 +162,19 @@ SMALL_REVIEWS = {
     "batch_size": 4,
     "steps": 2,
     "eval_steps": 1,
+    "sweep": {},
+}
+SMALL_STORIES = {
+    "train_questions": 24,
+    "completions": 6,
+    "test_questions": 4,
+    "sft_batch": 8,
+    "max_length": 128,
+    "max_new_tokens": 32,
+    "eval_batch": 36,
+    "batch_size": 2,
+    "steps": 2,
+    "eval_steps": 1,
 }
 MOST = {"tests": 180, "engine": 420}        # seconds that a part may take; the others share what is left
 
@@ -209,16 +223,19 @@ def settings_of(name: str, quick: bool) -> tuple[str, dict]:
     task, profile, overrides, _ = COMPARISONS[name]
     if not quick: return profile, overrides
     few = {"losses": ["dpo", "tdpo2"], "seeds": [0, 1]}
-    if task not in ("dialogue", "instructions", "sentiment") or not COMPARISONS[name].pretrained: return "smoke", few
-    return profile, (SMALL_REVIEWS | {"sweep": {}} if task == "sentiment" else SMALL) | few
+    if not COMPARISONS[name].pretrained: return "smoke", few
+    small = {"sentiment": SMALL_REVIEWS, "math-smol-stories": SMALL_STORIES}
+    return profile, small.get(name if name in small else task, SMALL) | few
 
 
 def run_comparison(args, target: Path) -> None:
-    "All losses, for the first seeds, one seed after another; the file is written anew after every run."
+    "All losses, for the first seeds, one after another; the file is written anew, and a line printed, after every run."
     import torch
 
     from tokpref.experiments.compare import compare, comparison_table, find_task, merge_records, write_json
     torch.set_float32_matmul_precision("high")      # TF32 where a product is not in bfloat16 anyway
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
+    logging.getLogger("tokpref").setLevel(logging.INFO)     # each stage of a preparation says that it is there
     task = COMPARISONS[args.part].task
     profile, overrides = settings_of(args.part, args.quick)
     _, config = find_task(task).configure(profile, overrides)
@@ -229,17 +246,27 @@ def run_comparison(args, target: Path) -> None:
     def keep(record: dict) -> dict:
         "The record so far, with the seeds before."
         whole = merge_records(*done, record)
-        complete = {(run["label"], run["seed"]) for run in whole["runs"]} == wanted
-        write_json(target, whole | more | {"complete": complete})
+        made = {(run["label"], run["seed"]) for run in whole["runs"]}
+        finished = sum(all((label, seed) in made for label in labels) for seed in config.seeds)
+        write_json(target, whole | more | {"complete": made == wanted, "finished_seeds": finished})
         return whole
+
+    def say(record: dict) -> None:
+        "Keep the record, and a line on its last run."
+        run = keep(record)["runs"][-1]
+        numbers = [f"{name} {run['metrics'][name]:.3f}" for name in (record["value"], "kl", "truncated")
+                   if name in run.get("metrics", {})]
+        told = run.get("error") or ", ".join(numbers)
+        print(f"{args.part}: {run['label']}, seed {run['seed']}: {told}; {time.monotonic() - began:.0f} s", flush=True)
 
     labels = resolve_labels(task, config)
     wanted = {(label, seed) for label in labels for seed in config.seeds}
     whole: dict = {}
+    began = time.monotonic()
     for seed in config.seeds[:args.seeds]:
         own = {"data_seed": seed} if COMPARISONS[args.part].own_draw else {}
         record = compare(task, profile, seeds=[seed], out=folder, overrides=overrides | own,
-                         progress=sys.stderr.isatty(), each=keep)
+                         progress=sys.stderr.isatty(), each=say)
         whole = keep(record)
         done.append(record)
     print(comparison_table(whole), flush=True)
@@ -380,7 +407,7 @@ def finished(target: Path, seeds: int) -> bool:
     "Whether a result is there, without failures and with so many seeds, or with all."
     if not target.exists(): return False
     record = json.loads(target.read_text(encoding="utf-8"))
-    return not record.get("broken") and (record.get("complete", True) or len(record["seeds"]) >= seeds)
+    return not record.get("broken") and (record.get("complete", True) or record.get("finished_seeds", 0) >= seeds)
 
 
 def in_a_process(name: str, seeds: int, args, target: Path, seconds: float) -> str:

@@ -110,12 +110,12 @@ def run_evaluate(args: argparse.Namespace) -> None:
     from tokpref.data import PreferenceCollator
     from tokpref.evaluation import preference_metrics
     from tokpref.models import has_adapter, load_model, load_tokenizer
-    from tokpref.precision import fastest_device
+    from tokpref.precision import autocast, fastest_device, pick_precision
     from tokpref.training import load_baseline_head
     if not args.data: raise ValueError("--data is missing: say which preference pairs to measure on")
     options = parse_options("--loss-options", args.loss_options)
     _check_options_given(args.loss, options, "--loss-options '{window: 4}'")
-    device = fastest_device()
+    mixed, device = pick_precision(args.precision).mixed, fastest_device()
     tokenizer = load_tokenizer(args.model)
     model = load_model(args.model, device=device)
     if args.ref is None and not has_adapter(model):
@@ -124,8 +124,9 @@ def run_evaluate(args: argparse.Namespace) -> None:
     baseline = load_baseline_head(args.model).to(device) if LOSSES[args.loss].baseline else None
     rows, report = _prepared(args, "test", tokenizer, "evaluation", 2)
     print(report, file=sys.stderr)
-    metrics = preference_metrics(model, reference, rows, PreferenceCollator(tokenizer.pad_token_id),
-                                 args.loss, args.beta, options, args.batch_size, baseline=baseline)
+    with autocast(mixed):
+        metrics = preference_metrics(model, reference, rows, PreferenceCollator(tokenizer.pad_token_id),
+                                     args.loss, args.beta, options, args.batch_size, baseline=baseline)
     _print_metrics(metrics)
     if args.json: Path(args.json).write_text(json.dumps(metrics, indent=1), encoding="utf-8")
 

@@ -105,6 +105,8 @@ def _add_evaluate(commands) -> None:
                         help="more options of the loss, such as '{window: 4}' for adpo")
     _add_import(parser)
     parser.add_argument("--batch-size", type=int, default=8, help="pairs at a time (default: 8)")
+    parser.add_argument("--precision", default="auto", choices=("auto", "bfloat16", "float16", "float32"),
+                        help="what the model computes in (default: auto, on a GPU what it is fast in, else float32)")
     _add_limits(parser)
     parser.add_argument("--json", metavar="FILE", help="also write the numbers to this file")
 

@@ -44,6 +44,11 @@ class GSM8KConfig(HubConfig):
     test_questions: int = 0             # of the test split, to measure on; 0: all
     pairs_per_problem: int = 2
 
+    def data(self) -> dict[str, str]:
+        "The pairs; or, of own samples, the questions, unless they are made here."
+        if not self.completions: return super().data()
+        return {} if self.questions == "stories" else {"questions": self.questions}
+
 # %% ../../nbs/experiments/01_gsm8k.ipynb #df9efa43
 def by_author(pairs: Dataset | dict) -> dict[str, list[bool]]:
     "Which pairs have a chosen solution by a person, and in which models wrote both."
@@ -52,8 +57,14 @@ def by_author(pairs: Dataset | dict) -> dict[str, list[bool]]:
 
 # %% ../../nbs/experiments/01_gsm8k.ipynb #3280a818
 def with_authors(problem: Problem, config: GSM8KConfig) -> Problem:
-    "The problem of `prepare_pairs`, with the accuracies by author at every point of a path."
-    rows = load_texts(config.source, config.test_split or config.train_split).to_list()
+    """The problem of `prepare_pairs`, with the accuracies by author at every point of a path.
+
+    Pairs without a column `chosen_model`, and made-up ones, do not say who wrote them: the problem stays as it is.
+    """
+    if config.source == "made-up": return problem
+    pairs = load_texts(config.source, config.test_split or config.train_split)
+    if "chosen_model" not in pairs.column_names: return problem
+    rows = pairs.to_list()
     texts = {_key(row): row["chosen_model"] for row in rows}
     held_out = load_pairs(config).eval.select(problem.eval["row"])
     groups = by_author({"chosen_model": [texts[_key(row)] for row in held_out.to_list()]})
@@ -186,12 +197,12 @@ def prepare_gsm8k(config: GSM8KConfig, folder: Path, progress: bool = True, seed
 def _own_samples(config: GSM8KConfig, folder: Path, progress: bool = True, seed: int = 0) -> Problem:
     "Pairs of the start's own solutions of training questions; exact match is measured on the test split."
     precision = pick_precision(config.precision)
+    test = gsm8k_problems(config, "test")       # first: it is quick to read, and may not be there
     stages = Preparation(GSM8K_STAGES, config, folder, seed=seed, progress=progress)
     tokenizer, marked, start = stages["tokenizer"], stages["solutions"], stages["start"]
     to_train, held_out = _one_in_twenty(marked)
     pairs = solution_pairs(to_train, config.pairs_per_problem, seed)
 
-    test = gsm8k_problems(config, "test")
     adapter = config.adapter()
     measure = SolveMeasure(tokenizer, None if adapter else frozen(copy.deepcopy(start)), test, config, precision.mixed)
     info = {"samples": len(marked), "right": sum(marked["right"]) / len(marked), "train_pairs": len(pairs),

@@ -149,12 +149,13 @@ def panels(
 # %% ../../nbs/library/plots/01_comparison.ipynb #d23f8cbd
 def _draw_bars(ax: Axes, values: dict[str, float], errors: dict[str, float], label: str, level: float | None) -> None:
     "Horizontal bars, first entry on top, each with its value written behind it."
-    ends = [*values.values(), level or 0.0, 0.0]
+    spread = {name: errors.get(name) or 0.0 for name in values}
+    ends = [level or 0.0, 0.0, *[value + sign * spread[name] for name, value in values.items() for sign in (-1, 1)]]
     low, high = min(ends), max(ends)
     span = (high - low) or 1.0
     decimals = max(0, 2 - math.floor(math.log10(span)))    # three digits of the longest bar
     for row, (name, style) in enumerate(loss_styles(values).items()):
-        value, error = values[name], errors.get(name) or 0.0
+        value, error = values[name], spread[name]
         ax.barh(row, value, height=0.66, color=style["color"])
         if error: ax.errorbar(value, row, xerr=error, color=INK, capsize=2, linewidth=1)
         behind = max(value, 0.0) + error + 0.02 * span
@@ -163,7 +164,8 @@ def _draw_bars(ax: Axes, values: dict[str, float], errors: dict[str, float], lab
     ax.set_yticks(range(len(values)), list(values))
     ax.invert_yaxis()
     ax.grid(False, axis="y")
-    ax.set_xlim(low - (0.05 * span if low < 0 else 0), high + 0.2 * span + max(errors.values(), default=0.0))
+    ax.set_xlim(low - (0.05 * span if low < 0 else 0), high + 0.2 * span)
+    ax.xaxis.set_major_locator(MaxNLocator(nbins=6))
     ax.set_xlabel(label)
 
 # %% ../../nbs/library/plots/01_comparison.ipynb #0cbcf857

@@ -2,7 +2,7 @@
 
 from ...precision import autocast
 from .baselines import BASELINES, Baseline
-from .figures import comparison_figure, history_figure
+from .figures import comparison_figure, equal_kl_figure, history_figure
 from .labels import VARIANTS, LossRun, parse_label
 from .measure import PathCallback, held_out_metrics, measure
 from .problem import Problem, RunConfig, Task
@@ -17,4 +17,4 @@ from .train import run_arguments, threads_for, train_one
 __all__ = ["VARIANTS", "BASELINES", "TASKS", "LossRun", "Baseline", "RunConfig", "Problem", "Task", "read_profiles",
            "Preparation", "Stage", "StageWork", "find_task", "resolve_losses", "compare", "merge_records",
            "comparison_table", "summarise", "optimal_reward", "read_path", "path_band", "paired_difference",
-           "comparison_figure", "history_figure"]
+           "comparison_figure", "equal_kl_figure", "history_figure"]

@@ -60,6 +60,14 @@ class RunConfig:
         "Setting -> name, on the hub or in a folder, of each model that is loaded. Its weights count in every key."
         return {}
 
+    def data(self) -> dict[str, str]:
+        "Setting -> name, file or folder of each dataset that is read. Its files count in every key."
+        return {}
+
+    def knows_reward(self) -> bool:
+        "Whether any response has a known reward. Where none has, a baseline that asks for one is refused at once."
+        return True
+
 # %% ../../../nbs/experiments/compare/01_problem.ipynb #2034510b
 def check_count(name: str, value: int, least: int = 1) -> None:
     "Raise `ValueError` unless `value` is a whole number of at least `least`."

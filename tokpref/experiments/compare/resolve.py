@@ -54,6 +54,8 @@ def _check_baseline(run: LossRun, config: RunConfig) -> None:
     "Raise `ValueError` for a setting that a baseline does not read, or can't work with."
     baseline = BASELINES[run.loss]
     baseline.check(run.options, config)
+    if baseline.needs_reward and not config.knows_reward():
+        raise ValueError("needs a known reward, and this task has none: leave it out")
     for name in baseline.ignores:
         if getattr(run, name) is not None: raise ValueError(f"{name} would be ignored: {run.loss!r} does not read it")
 

@@ -26,7 +26,15 @@ from ...losses import LOSSES
 from .baselines import BASELINES, known_reward
 from .labels import LossRun
 from .problem import Task, check_seeds
-from .record import digests, fingerprint, hardware, read_json, versions, write_json
+from tokpref.experiments.compare.record import (
+    data_digests,
+    digests,
+    fingerprint,
+    hardware,
+    read_json,
+    versions,
+    write_json,
+)
 from .resolve import check_training, resolve_losses
 from .sources import code_behind
 from .train import SharedStart, threads_for, train_one, train_with_loss
@@ -62,7 +70,8 @@ def run_path(shared: SharedStart, label: str, run: LossRun, code: str) -> Path:
     "Where a finished run is kept."
     skip = ("losses", "seeds", "tuning", "sweep", "learning_rate")
     settings = {name: value for name, value in asdict(shared.config).items() if name not in skip}
-    key = fingerprint([shared.task.name, settings, digests(shared.config), asdict(run), shared.seed, code])
+    key = fingerprint([shared.task.name, settings, digests(shared.config), data_digests(shared.config), asdict(run),
+                       shared.seed, code])
     return shared.folder / "runs" / f"{re.sub(r'[^A-Za-z0-9._-]+', '_', label)}-seed{shared.seed}-{key}.json"
 
 # %% ../../../nbs/experiments/compare/10_run.ipynb #75676d99
@@ -178,6 +187,7 @@ def _record(shared: SharedStart, profile: str, seeds: Sequence[int], results: li
     done = {run["seed"] for run in results}
     return {"profile": profile, "description": shared.task.description, "config": asdict(shared.config),
             "seeds": [seed for seed in seeds if seed in done], "models": digests(shared.config),
+            "data": data_digests(shared.config),
             "versions": versions(), "hardware": made_on, "wall_seconds": round(seconds, 1), "problem": problem.info,
             "start": shared.start, "answers": shared.answers, "value": problem.value,
             "optimum": [list(point) for point in problem.optimum], "runs": list(results)}

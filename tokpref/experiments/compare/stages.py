@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from ...checks import nearest
 from .problem import RunConfig
-from .record import fingerprint, weights_digest
+from .record import data_digest, fingerprint, weights_digest
 
 # %% ../../../nbs/experiments/compare/04_stages.ipynb #1e88bedb
 _log = logging.getLogger(__name__)
@@ -88,8 +88,10 @@ def stage_chain(stages: Mapping[str, Stage], name: str) -> list[Stage]:
 def stage_key(chain: Sequence[Stage], config: RunConfig, seed: int) -> str:
     "Fingerprint of everything that the last stage of `chain` depends on; the seed counts where one is drawn by it."
     value = {setting: getattr(config, setting) for stage in chain for setting in stage.settings}
-    named = {setting: name for setting, name in config.models().items() if setting in value}
-    value |= {f"weights of {setting}": weights_digest(name) for setting, name in named.items()}
+    models = {setting: name for setting, name in config.models().items() if setting in value}
+    read = {setting: name for setting, name in config.data().items() if setting in value}
+    value |= {f"weights of {setting}": weights_digest(name) for setting, name in models.items()}
+    value |= {f"files of {setting}": data_digest(name) for setting, name in read.items()}
     if any(stage.each_seed for stage in chain): value["seed"] = seed
     return fingerprint(value)
 

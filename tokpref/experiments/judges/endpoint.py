@@ -87,6 +87,10 @@ class EndpointJudge:
         "Model and question."
         return f"{self.model} {digest(self.template, self.options)[:8]}"
 
+    def check(self) -> None:
+        "Raise `PermissionError` where there is no key."
+        secret_of(self)
+
     def __call__(self, prompts: Sequence, first: Sequence[str], second: Sequence[str]) -> list[float | None]:
         headers = {"Authorization": f"Bearer {secret_of(self)}", "Content-Type": "application/json"}
         with ThreadPoolExecutor(self.concurrency) as pool:

@@ -10,8 +10,10 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
+import torch
 
 from ...evaluation import length_controlled
+from ...evaluation.estimate import clustered_estimate
 from .verdicts import words
 
 # %% ../../../nbs/experiments/judges/05_length.ipynb #cf239d49
@@ -32,7 +34,7 @@ def length_study(rows: Sequence[dict], reference: str = "gpt4_1106_preview") -> 
     "What the scores in `alpaca_eval-preferences` have to do with length in words: over pairs, answers and models."
     chosen, rejected = (np.array([words(row[side]) for row in rows]) for side in ("chosen", "rejected"))
     by_model = single_answers(rows)
-    single = np.array([answer for answers in by_model.values() for answer in answers.values()])
+    single = np.array([(*answer, prompt) for answers in by_model.values() for prompt, answer in answers.items()])
     models = {name: _middle(answers) for name, answers in by_model.items()}
     for name in models:
         if name != reference: models[name]["paired"] = _against(by_model[name], by_model[reference])
@@ -47,16 +49,15 @@ def length_study(rows: Sequence[dict], reference: str = "gpt4_1106_preview") -> 
 
 # %% ../../../nbs/experiments/judges/05_length.ipynb #db847626
 def _in_bins(answers: np.ndarray, edges: Sequence[float]) -> list[dict]:
-    "Mean score of the answers whose number of words lies in each bin."
-    lengths, scores = answers.T
+    "Mean score of the answers (words, score, prompt) whose number of words lies in each bin, its error by prompt."
+    lengths, scores, prompts = answers.T
     bins = []
     for low, high in pairwise(edges):
         inside = (lengths > low) & (lengths <= high)
         n = int(inside.sum())
         if n < 2: continue
-        error = float(scores[inside].std(ddof=1) / n**0.5)
-        middle = float(np.median(lengths[inside]))
-        bins.append({"words": middle, "score": float(scores[inside].mean()), "se": error, "n": n})
+        mean = clustered_estimate(torch.tensor(scores[inside]), prompts[inside].tolist())
+        bins.append({"words": float(np.median(lengths[inside])), "score": mean.value, "se": mean.se, "n": n})
     return bins
 
 

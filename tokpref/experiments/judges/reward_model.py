@@ -6,7 +6,6 @@
 __all__ = ['load_classifier', 'RewardJudge']
 
 # %% ../../../nbs/experiments/judges/02_reward_model.ipynb #b30e5e67
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,31 +13,33 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
+from ...data.tokens import encode_chat, shorten_chat
 from ...models import local_model
 from ...precision import fastest_device, pick_precision
-from .verdicts import digest, prompt_text
+from ..compare.record import weights_digest
+from .verdicts import prompt_text
 
 # %% ../../../nbs/experiments/judges/02_reward_model.ipynb #97a6bf5e
-def _weights_name(folder: Path) -> str:
-    "A folder's name and a fingerprint of the weights in it, so that another model there is another judge."
-    weights = []
-    for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as file: beginning = file.read(1 << 20)
-        weights.append([path.name, path.stat().st_size, hashlib.sha256(beginning).hexdigest()])
-    return f"{folder.name} {digest(weights)[:8]}"
-
-
 def _encode(tokenizer: Any, prompt, response: str, max_length: int) -> dict:
     "Token ids of prompt and response, through the chat template if there is one, else as a pair; the prompt is cut."
     limit = min(max_length, tokenizer.model_max_length)
     if not tokenizer.chat_template:
         return tokenizer(prompt_text(prompt), response, truncation="only_first", max_length=limit)
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-    messages.append({"role": "assistant", "content": response})
-    ids = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"]
-    return {"input_ids": ids[-limit:]}
+    answer = [{"role": "assistant", "content": response}]
+    ids = tokenizer.apply_chat_template(messages + answer, tokenize=True, return_dict=True)["input_ids"]
+    if len(ids) > limit: ids = _cut_chat(tokenizer, messages, answer, limit) or ids[-limit:]
+    return {"input_ids": ids}
+
+
+def _cut_chat(tokenizer: Any, messages: list[dict], answer: list[dict], limit: int) -> list[int] | None:
+    "A chat in `limit` tokens, with whole turns and its system message; None where the answer leaves no room for them."
+    _, answer_ids = encode_chat(messages, answer, tokenizer)
+    room = limit - len(answer_ids)
+    prompt_ids = shorten_chat(messages, room, tokenizer, None) if room > 0 else None
+    return None if prompt_ids is None else prompt_ids + answer_ids
 
 # %% ../../../nbs/experiments/judges/02_reward_model.ipynb #04e933b6
 def load_classifier(name: str) -> tuple[Any, Any]:
@@ -62,16 +63,28 @@ class RewardJudge:
 
     @property
     def name(self) -> str:
-        "The id, or the folder with a fingerprint of its weights."
+        "The id or the folder, with a digest of the weights: another model of the same name is another judge."
         place = Path(local_model(self.model))
-        return f"reward {_weights_name(place) if place.is_dir() else self.model}"
+        return f"reward {place.name if place.is_dir() else self.model} {weights_digest(self.model)}".strip()
+
+    def check(self) -> None:
+        "Raise `FileNotFoundError` for a model that can't be loaded, `ValueError` for one with several scores."
+        try: config = AutoConfig.from_pretrained(local_model(self.model))
+        except (OSError, ValueError) as error:
+            line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            mend = "name a folder that holds a reward model, or go online"
+            raise FileNotFoundError(f"cannot load the judge {self.model!r} ({line}): {mend}") from error
+        self._check_scores(config.num_labels)
+
+    def _check_scores(self, count: int) -> None:
+        if count == 1 or self.label is not None: return
+        raise ValueError(f"{self.model} has {count} scores: set label to one of them")
 
     @cached_property
     def parts(self) -> tuple[Any, Any]:
         "(tokenizer, model), loaded at the first question, on the GPU if there is one."
         tokenizer, model = load_classifier(self.model)
-        if model.config.num_labels > 1 and self.label is None:
-            raise ValueError(f"{self.model} has {model.config.num_labels} scores: set label to one of them")
+        self._check_scores(model.config.num_labels)
         return tokenizer, model
 
     @torch.no_grad()

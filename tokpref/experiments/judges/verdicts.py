@@ -105,6 +105,11 @@ class CachedJudge:
         self._ask_all(list(missing.values()), len(questions))
         return [self._record.verdicts.get(key) for key, _ in questions]
 
+    def check(self) -> None:
+        "Raise now what the judge would raise when it is asked, such as for a key that is not set; see its own `check`."
+        check = getattr(self.judge, "check", None)
+        if check is not None and not self.path.exists(): check()    # what is on record needs no judge
+
     def _ask_all(self, missing: list, total: int) -> None:
         "Put on record what is not there yet."
         if not missing: return

@@ -50,6 +50,14 @@ class HubConfig(StartConfig, ScratchConfig):
                  "judge": name if kind == "reward" else ""}
         return {setting: name for setting, name in named.items() if name}
 
+    def data(self) -> dict[str, str]:
+        "The pairs, unless they are made up."
+        return {} if self.source == "made-up" else {"source": self.source}
+
+    def knows_reward(self) -> bool:
+        "People's choices, and no reward."
+        return False
+
 # %% ../../../nbs/experiments/pretrained/01_pairs.ipynb #a76671d2
 _COLOURS = {"grass": "green", "snow": "white", "coal": "black", "the sea": "blue", "blood": "red", "a lemon": "yellow",
             "a carrot": "orange", "milk": "white"}

@@ -55,6 +55,7 @@ def _make_language_model(work: StageWork) -> str:
         "train_loss": train_lm(model, rows, config, work.progress),
         "test_loss": held_out_loss(model, text_rows(pairs.eval, tokenizer, config.context))}
     model.save_pretrained(work.folder)
+    tokenizer.save_pretrained(work.folder)      # so that the folder is a model that everybody can load
     write_json(work.folder / "info.json", info)
     return (f"{info['parameters']:,} parameters, {len(rows):,} texts, "
             f"{info['test_loss']:.3f} nats a token on held-out pairs")
@@ -95,7 +96,7 @@ def _make_tuned(work: StageWork) -> str:
     tuned: Any = sft(model, tokenizer, responses, settings, folder=checkpoints,
                      precision=pick_precision(config.precision), progress=work.progress)
     tuned.save_pretrained(work.folder)
-    tokenizer.save_pretrained(work.folder)      # so that the folder is a model that everybody can load
+    tokenizer.save_pretrained(work.folder)
     shutil.rmtree(checkpoints, ignore_errors=True)
     return f"{config.sft_epochs:g} epochs over {len(responses):,} chosen responses"
 
@@ -127,8 +128,11 @@ def _first_of_each_prompt(rows: Dataset, n: int) -> Dataset:
 
 
 def _judge(config: HubConfig, folder: Path, progress: bool) -> Callable | None:
-    "The judge that the configuration names, if it names one; its verdicts are kept in `folder`."
-    return open_judge(config.judge, folder / "verdicts", progress=progress) if config.judge else None
+    "The judge that the configuration names, if it names one, checked; its verdicts are kept in `folder`."
+    if not config.judge: return None
+    judge = open_judge(config.judge, folder / "verdicts", progress=progress)
+    judge.check()
+    return judge
 
 
 def prepare_pairs(config: HubConfig, folder: Path, progress: bool = True, seed: int = 0) -> Problem:

@@ -109,9 +109,9 @@ def answers_shown(
 def measured_runs(task: str, profiles: Sequence[str], folder: str | Path | None = None) -> dict[str, dict]:
     """profile -> the record of a run: that of `results_folder()`, or your own, which `tokpref compare` left in `runs/`.
 
-    Your own is looked for here and beside the results. A line is printed for it, and for a run that is missing it says
-    how it is made. `gpu` is the profile `nano`, made larger, as `make gpu` runs it. With TOKPREF_RESULTS_ONLY in the
-    environment, as when the pages of this book are made, only the results are looked at.
+    Your own is looked for here and beside the results, and a line is printed for it; a run that nobody made is left
+    out. `gpu` is the profile `nano`, made larger, as `make gpu` runs it. With TOKPREF_RESULTS_ONLY in the environment,
+    as when the pages of this book are made, only the results are looked at.
     """
     if folder is None:
         try: folder = results_folder()
@@ -123,15 +123,6 @@ def measured_runs(task: str, profiles: Sequence[str], folder: str | Path | None 
         theirs = [place / f"{task}-{profile}.json" for place in stored]
         yours = [place / f"{task}-{profile}" / "comparison.json" for place in own]
         path = next((path for path in [*theirs, *yours] if path.exists()), None)
-        if path is None: print(_how_to_make(task, profile))
-        else: records[profile] = read_json(path)
+        if path is not None: records[profile] = read_json(path)
         if path in yours: print(f"{profile}: your own run, {path}")
     return records
-
-
-def _how_to_make(task: str, profile: str) -> str:
-    small = profile.endswith("-cpu")
-    on_a_card = not small and (profile == "gpu" or profile.startswith("smol"))
-    command = f"tokpref compare --task {task} --profile {profile.removesuffix('-cpu')}" + " --set steps=2" * small
-    if on_a_card: command = "make gpu"
-    return f"{profile}: no run yet. It is made with: {command}"

@@ -40,6 +40,7 @@ def _make_model(work: StageWork) -> str:
     train = train_lm(model, rows, config, work.progress)
     test = held_out_loss(model, openings(reviews.test[::10], tokenizer, config.context))
     model.save_pretrained(work.folder)
+    tokenizer.save_pretrained(work.folder)      # so that the folder is a model that everybody can load
     parameters = sum(p.numel() for p in model.parameters())
     info = {"parameters": parameters, "openings": len(rows), "train_loss": train, "test_loss": test}
     write_json(work.folder / "info.json", info)

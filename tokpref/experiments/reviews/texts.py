@@ -40,6 +40,10 @@ class SentimentConfig(ScratchConfig):
         "Most tokens of a completion, whatever its prompt."
         return self.context - self.prompt_tokens[1]
 
+    def data(self) -> dict[str, str]:
+        "The reviews, unless they are made up."
+        return {} if self.source == "templates" else {"source": self.source}
+
 # %% ../../../nbs/experiments/reviews/00_texts.ipynb #d79a74fe
 @dataclass
 class Reviews:

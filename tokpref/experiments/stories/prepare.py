@@ -39,6 +39,7 @@ def _make_model(work: StageWork) -> str:
         "problems": len(problems),
         "train_loss": fine_tune(model, tokenizer, problems, work.config, work.progress)}
     model.save_pretrained(work.folder)
+    tokenizer.save_pretrained(work.folder)      # so that the folder is a model that everybody can load
     write_json(work.folder / "info.json", info)
     return (f"{info['parameters']:,} parameters, {len(problems):,} problems, "
             f"{info['train_loss']:.3f} nats a token at the end")
@@ -58,6 +59,7 @@ def _make_start(work: StageWork) -> str:
                          learning_rate=config.mixed_learning_rate)
         line = f"{loss:.3f} nats a token at the end, {config.careless:.0%} of the solutions by careless pupils"
     model.save_pretrained(work.folder)
+    work["tokenizer"].save_pretrained(work.folder)
     return line
 
 

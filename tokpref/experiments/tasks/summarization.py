@@ -67,6 +67,10 @@ class SummarizationConfig(HubConfig):
     max_new_tokens: int = 64                        # of a summary
     losses: tuple[str, ...] = ("dpo", "tdpo1", "tdpo2", "adpo", "tbpo_q", "tbpo_a")
 
+    def data(self) -> dict[str, str]:
+        "The pairs, and the posts with their writers' summaries, unless they are made up."
+        return {} if self.source == "made-up" else {**super().data(), "references": self.references}
+
 
 def load_posts(config: SummarizationConfig) -> list[tuple[str, str]]:
     "(post, its writer's summary) of `posts` different posts, drawn with `data_seed`. Errors as `load_texts`."
@@ -109,6 +113,7 @@ def prepare_summaries(config: SummarizationConfig, folder: Path, progress: bool 
     folder = Path(folder)
     posts = load_posts(config)
     judge = open_judge(config.judge, folder / "verdicts", BETTER_SUMMARY, progress)
+    judge.check()
     problem = prepare_pairs(_with_pairs(replace(config, judge=""), folder), folder, progress, seed)
     mixed = problem.info["precision"]
     measure = lambda model: summary_metrics(model, problem.tokenizer, posts, judge, config, mixed)

@@ -48,6 +48,7 @@ def _make_start(work: StageWork) -> str:
     model = toy_policy(tokenizer, work.config)
     loss = pretrain(model, tokenizer, work.config, work.progress)
     model.save_pretrained(work.folder)
+    tokenizer.save_pretrained(work.folder)
     write_json(work.folder / "loss.json", loss)
     return f"{loss:.3f} nats a token at the end"
 
