@@ -1,5 +1,6 @@
 """The pretrained model that `make model` writes: a GGUF file is read right, and the real model is the one it says."""
 
+import copy
 import hashlib
 import importlib.util
 import io
@@ -14,7 +15,8 @@ import pytest
 import torch
 
 from tokpref.data import PreferenceCollator, load_preferences, load_texts, prepare
-from tokpref.engine import pair_stats
+from tokpref.engine import pair_loss, pair_stats
+from tokpref.losses import LOSSES
 from tokpref.models import load_model, load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -186,3 +188,36 @@ def test_log_probs_of_real_pairs_are_those_of_plain_transformers(smol):
             with torch.no_grad(): scores = model(ids).logits[0, len(row["prompt_ids"]) - 1:-1].log_softmax(-1)
             plain = scores.gather(1, torch.tensor(row[f"{name}_ids"])[:, None]).sum()
             torch.testing.assert_close(logps.sum(), plain, rtol=2e-5, atol=2e-4)
+
+
+def plain_dpo(policy, reference, batch, beta):
+    "The mean DPO loss of a batch, from full logits as anybody would write it down."
+    mask = batch["completion_mask"][:, 1:].bool()
+    sums = []
+    for model in (policy, reference):
+        logits = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+        logps = logits.log_softmax(-1).gather(-1, batch["input_ids"][:, 1:, None])[..., 0]
+        sums.append((logps * mask).sum(-1))
+    chosen, rejected = (sums[0] - sums[1].detach()).chunk(2)
+    return -torch.nn.functional.logsigmoid(beta * (chosen - rejected)).mean()
+
+
+@here
+@data
+def test_one_dpo_step_of_real_pairs_is_that_of_a_plain_implementation(smol):
+    "Loss and norm of the gradient of all 135 million weights, at a policy that has left its reference."
+    model, tokenizer = smol
+    rows = load_preferences("hh", "test", data_dir="harmless-base", as_messages=True).select(range(2))
+    ready, _ = prepare(rows, tokenizer, 64, 32, examples=0)
+    batch = PreferenceCollator(tokenizer.pad_token_id)(ready.to_list())
+    policy = copy.deepcopy(model)
+    with torch.no_grad(): policy.model.norm.weight *= 1.05
+    found = []
+    for step in (lambda: pair_loss(policy, model, batch, LOSSES["dpo"], options={"beta": 0.1}).loss,
+                 lambda: plain_dpo(policy, model, batch, 0.1)):
+        policy.zero_grad()
+        loss = step()
+        loss.backward()
+        norm = torch.stack([weight.grad.norm() for weight in policy.parameters()]).norm()
+        found.append((float(loss), float(norm)))
+    assert found[0] == pytest.approx(found[1], rel=1e-4) and abs(found[0][0] - 0.6931) > 0.01

@@ -122,7 +122,7 @@ def equal_kl_figure(
         gain = paired_difference(record, label, against, kl) if label != against else None
         points[-1] |= {"gain": None if gain is None else gain[0], "gain_se": 0.0 if gain is None else gain[1]}
     if all(point.get("gain") is None for point in points):
-        raise ValueError(f"fewer than two seeds of any line and of {against!r} reach a KL of {kl:g}: choose a smaller one")
+        raise ValueError(f"at KL {kl:g} no line can be set against {against!r} over two seeds: choose a smaller KL")
     value = record.get("value", "reward")
     return _two_panels(record, runs, points, "gain", f"{value} minus {against}'s at KL {kl:g}, 95 % interval")
 

@@ -26,15 +26,7 @@ from ...losses import LOSSES
 from .baselines import BASELINES, known_reward
 from .labels import LossRun
 from .problem import Task, check_seeds
-from tokpref.experiments.compare.record import (
-    data_digests,
-    digests,
-    fingerprint,
-    hardware,
-    read_json,
-    versions,
-    write_json,
-)
+from .record import data_digests, digests, fingerprint, hardware, read_json, versions, write_json
 from .resolve import check_training, resolve_losses
 from .sources import code_behind
 from .train import SharedStart, threads_for, train_one, train_with_loss

@@ -11,6 +11,7 @@ from .reading import (
     pair_table,
     results_folder,
     run_heading,
+    run_size,
     stored_result,
 )
 from .start import SFTConfig, StartConfig, accumulation, checkpointing, sft, sft_rows
@@ -19,5 +20,5 @@ from .suites import SUITES, run_suites
 __all__ = ["ENDINGS", "MATCHED", "PAIR_COLUMNS", "PAIR_STAGES", "SUITES", "HubConfig", "PairData", "PairMeasure",
            "SFTConfig", "StartConfig", "accumulation", "answers_shown", "checkpointing", "count_words", "hold_out",
            "length_baseline", "load_pairs", "made_up_pairs", "measured_runs", "pair_accuracies", "pair_table",
-           "prepare_pairs", "results_folder", "run_heading", "run_suites", "sft", "sft_rows", "stored_result",
-           "text_rows"]
+           "prepare_pairs", "results_folder", "run_heading", "run_size", "run_suites", "sft", "sft_rows",
+           "stored_result", "text_rows"]
