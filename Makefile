@@ -86,7 +86,7 @@ dist: $(VENV)/.dev  ## build the source distribution and the wheel, install each
 bench: $(VENV)/.bench  ## time and memory of a training step beside public peers (BENCH=--quick: tiny, no peers)
 	@$(BIN)/python benchmarks/engine.py $(BENCH)
 
-gpu:  ## on a machine with a GPU and a Python of its own: tests, benchmark, experiments, within 25 minutes (GPU="--only tests")
+gpu:  ## on a machine with a GPU and a Python of its own: tests, benchmark, experiments, within 13 minutes (GPU="--only tests")
 	$(PYTHON) tools/gpu.py $(GPU)
 
 gpu-data: $(VENV)/.base  ## fill .gpu/ with the data and the small packages that such a machine may lack

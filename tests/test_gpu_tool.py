@@ -142,20 +142,34 @@ def test_what_one_call_carried_is_there_in_the_next(tmp_path, monkeypatch):
     assert all((tmp_path / "outside" / "data" / name).is_dir() for name in gpu.DATA[:gpu.MODEL_PARTS])
 
 
-def test_a_pretrained_comparison_goes_through_every_line(tmp_path, monkeypatch):
-    "With --device cpu --quick, and a tiny model under the name of the real one: two seeds, each with its own draw."
+@pytest.fixture(scope="module")
+def small_models(tmp_path_factory):
+    "A folder laid out like the hub, with a tiny model under the name of the real one."
     texts = [row[name] for row in made_up_pairs(60, 0) for name in ("prompt", "chosen")]
     tokenizer = train_tokenizer(texts, 320)
-    config = ScratchConfig(hidden_size=16, layers=1, heads=2, context=128)
-    folder = tmp_path / "models" / gpu.MODEL
-    fresh_model(tokenizer, config).save_pretrained(folder), tokenizer.save_pretrained(folder)
-    monkeypatch.setenv("TOKPREF_MODELS", str(tmp_path / "models"))
+    tokenizer.chat_template = ("{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
+                               "{% if add_generation_prompt %}assistant: {% endif %}")
+    config = ScratchConfig(hidden_size=16, layers=1, heads=2, context=256)
+    models = tmp_path_factory.mktemp("models")
+    fresh_model(tokenizer, config).save_pretrained(models / gpu.MODEL), tokenizer.save_pretrained(models / gpu.MODEL)
+    return models
+
+
+@pytest.mark.parametrize("name", [name for name, part in gpu.COMPARISONS.items()
+                                  if part.pretrained and name != "math-smol-stories"])    # a random model solves none
+def test_a_pretrained_comparison_goes_through_every_line(name, small_models, tmp_path, monkeypatch, capsys):
+    "As with --device cpu --quick, in the profile itself: two seeds, and a line after each run."
+    monkeypatch.setenv("TOKPREF_MODELS", str(small_models))
     monkeypatch.setattr(gpu, "ROOT", tmp_path)
-    target = tmp_path / "dialogue.json"
-    args = argparse.Namespace(part="dialogue-smol", quick=True, seeds=2)
-    gpu.run_comparison(args, target)
+    target = tmp_path / "record.json"
+    gpu.run_comparison(argparse.Namespace(part=name, quick=True, seeds=2), target)
     record = json.loads(target.read_text())
-    assert record["complete"] and record["profile"] == "smol" and list(record["models"]) == [gpu.MODEL]
-    assert [(run["label"], run["seed"]) for run in record["runs"]] == [
-        ("dpo", 0), ("tdpo2", 0), ("dpo", 1), ("tdpo2", 1)]
-    assert len(list((tmp_path / "runs" / "gpu-quick-dialogue-smol" / "prepared").glob("sft-*"))) == 2
+    assert record["complete"] and record["finished_seeds"] == 2
+    assert record["profile"] == gpu.COMPARISONS[name].profile and list(record["models"]) == [gpu.MODEL]
+    runs = [("dpo", 0), ("tdpo2", 0), ("dpo", 1), ("tdpo2", 1)]
+    assert [(run["label"], run["seed"]) for run in record["runs"]] == runs
+    told = capsys.readouterr().out
+    assert all(f"{name}: {label}, seed {seed}: {record['value']} " in told for label, seed in runs)
+    tuned = len(list((tmp_path / "runs" / f"gpu-quick-{name}" / "prepared").glob("s*t-*")))     # sft-, start-
+    draws = 2 if gpu.COMPARISONS[name].own_draw else 1
+    assert tuned == (draws if find_task(record["task"]).profiles[record["profile"]].sft_epochs else 0)

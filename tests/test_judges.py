@@ -312,18 +312,17 @@ def test_a_long_prompt_is_cut_and_the_response_is_not(reward_folder):
 def test_a_chat_is_cut_by_whole_turns_and_keeps_its_system_message(reward_folder):
     "Not in the middle of a turn, whose beginning and role would be lost."
     tokenizer, _ = RewardJudge(reward_folder).parts
-    tokenizer.chat_template = "{% for m in messages %}({{ m.role[0] }} {{ m.content }}){% endfor %}"
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role[0] }}: {{ m.content }}!{% endfor %}"
     talk = [{"role": "system", "content": "be kind"}]
-    for i in range(8): talk += [{"role": "user", "content": f"ask {i}"}, {"role": "assistant", "content": f"say {i}"}]
+    for i in "abcdefgh": talk += [{"role": "user", "content": f"ask {i}"}, {"role": "assistant", "content": f"say {i}"}]
     talk.append({"role": "user", "content": "and now"})
     encode = judges.reward_model._encode
     whole = encode(tokenizer, talk, "yes", 1000)["input_ids"]
     limit = len(whole) - 30
-    cut = tokenizer.decode(encode(tokenizer, talk, "yes", limit)["input_ids"])
-    assert len(encode(tokenizer, talk, "yes", limit)["input_ids"]) <= limit
-    text = cut.replace(" ", "")
-    assert text.startswith("(sbekind)(uask") and "(uandnow)(ayes)" in text and "(uask0)" not in text
-    assert tokenizer.decode(whole).replace(" ", "").startswith("(sbekind)(uask0)")
+    cut = encode(tokenizer, talk, "yes", limit)["input_ids"]
+    text = tokenizer.decode(cut).replace(" ", "")
+    assert len(cut) <= limit and tokenizer.decode(whole).replace(" ", "").startswith("s:bekind!u:aska!")
+    assert text.startswith("s:bekind!u:ask") and "u:andnow!a:yes!" in text and "u:aska!" not in text
 
 
 def test_other_weights_are_another_judge(reward_folder):
@@ -387,16 +386,17 @@ def test_bootstrap_draws_rows_together():
 
 
 def test_the_error_of_a_bin_is_clustered_by_prompt():
-    "Four answers of two prompts: three agree with each other, and as four independent ones the error would be 0.25."
+    "Answers to the same prompt agree with each other, so they are fewer than they seem."
     rows = [{"prompt_id": i, "chosen": "a b", "rejected": "c", "chosen_model": name, "rejected_model": "other",
              "score_chosen": score, "score_rejected": 0.0}
-            for name, i, score in (("x", 0, 1.0), ("y", 0, 1.0), ("z", 0, 1.0), ("x", 1, 0.0), ("y", 1, 0.0))]
+            for name, i, score in (("x", 0, 1.0), ("y", 0, 1.0), ("z", 0, 1.0), ("x", 1, 0.0), ("y", 1, 0.0),
+                                   ("z", 1, 0.0))]
     study = judges.length_study([*rows, {**rows[0], "prompt_id": 2, "chosen": "w " * 60}], "other")
-    values, clusters = [1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0], [0, 0, 0, 1, 1, 0, 1, 2]
+    values, clusters = [1.0] * 3 + [0.0] * 6, [0, 0, 0, 1, 1, 1, 0, 1, 2]
     expected = clustered_estimate(torch.tensor(values), clusters)
     (first, *_) = study["bins"]
-    assert first["n"] == 8 and first["score"] == pytest.approx(expected.value)
-    assert first["se"] == pytest.approx(expected.se) != pytest.approx(torch.tensor(values).std() / 8**0.5)
+    assert first["n"] == 9 and first["score"] == pytest.approx(expected.value)
+    assert first["se"] == pytest.approx(expected.se) != pytest.approx(torch.tensor(values).std() / 9**0.5)
 
 
 @pytest.mark.skipif(not data_root(), reason="set TOKPREF_DATA")
