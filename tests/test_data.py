@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from tokpref.data import LOADERS, Loader, PreferenceCollator, describe_row, load_preferences, load_texts, prepare
+from tokpref.data.formats import PARTS
 from tokpref.data.prepare import encode_batch
 from tokpref.data.tokens import continue_ids, shorten_chat
 
@@ -275,7 +276,7 @@ def test_a_question_as_text_stays_beside_an_answer_of_several_messages(tokenizer
         )
 
 
-def spaced_tokenizer(kind):
+def spaced_tokenizer(kind, letters="▁\n:()<|>abcdefghijklmnopqrstuvwxyz", words=None):
     bpe = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
     if kind == "legacy":
         bpe.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
@@ -288,8 +289,8 @@ def spaced_tokenizer(kind):
             pre_tokenizers.Metaspace(prepend_scheme=kind),
             decoders.Metaspace(prepend_scheme=kind),
         )
-    alphabet = pre_tokenizers.ByteLevel.alphabet() if kind == "bytes" else list("▁\n:()<|>abcdefghijklmnopqrstuvwxyz")
-    bpe.train_from_iterator(WORDS * 3, trainers.BpeTrainer(
+    alphabet = pre_tokenizers.ByteLevel.alphabet() if kind == "bytes" else list(letters)
+    bpe.train_from_iterator((words or WORDS) * 3, trainers.BpeTrainer(
         vocab_size=400, special_tokens=["<unk>", "<eos>"], initial_alphabet=alphabet, show_progress=False))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<eos>", unk_token="<unk>", pad_token="<eos>")
     tokenizer.chat_template = ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
@@ -318,6 +319,25 @@ def test_no_space_comes_in_between_prompt_and_response(tokenizer, kind):
         (row,), _ = prepare([chat], each)
         whole = str(each.apply_chat_template(chat["prompt"] + chat["chosen"], tokenize=False))
         assert each.decode(row["prompt_ids"] + row["chosen_ids"]) == lead + whole.removesuffix("<eos>\n") + "<eos>"
+
+
+@pytest.mark.parametrize("kind", ["always", "first", "legacy", "bytes"])
+def test_a_small_vocabulary_tells_its_spaces_too(kind):
+    each = spaced_tokenizer(kind, letters="▁:thre(sa\n)", words=["three the seas : (sea)"])
+    texts = [("three:", " three"), ("three:", "three"), ("three: ", "three"), ("(", "sea)"), ("the\n", "\nsea")]
+    for prompt, response in texts:
+        (row,), _ = prepare([dict(prompt=prompt, chosen=response, rejected=" the")], each)
+        assert each.decode(row["prompt_ids"] + row["chosen_ids"]).removeprefix(" ") == prompt + response + "<eos>"
+
+
+def test_a_tokenizer_that_drops_white_space_keeps_words_apart():
+    bpe = spaced_tokenizer("always").backend_tokenizer
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), bpe.pre_tokenizer])     # as T5's
+    each = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<eos>", pad_token="<eos>")
+    for prompt, response, read in (("answer: ", "three", "answer: three"), ("answer:", " three", "answer: three"),
+                                   ("sea\n", "is deep", "sea is deep"), ("What is (", "the sea)", "What is (the sea)")):
+        (row,), _ = prepare([dict(prompt=prompt, chosen=response, rejected=" other")], each)
+        assert each.decode(row["prompt_ids"] + row["chosen_ids"][:-1]).strip() == read
 
 
 def test_a_tokenizer_without_that_space_is_asked_for_plain_ids(tokenizer):
@@ -360,6 +380,59 @@ def test_function_calls_are_content_and_keep_their_own_arguments(tokenizer, tmp_
                 assert knows.decode(ready["prompt_ids"] + ready[f"{side}_ids"]) == whole.removesuffix("\n")
     nothing = rows + [dict(rows[0], chosen=answer(content="", tool_calls=[]))]
     assert prepare(nothing, knows)[1].dropped == {"empty chosen": 1}
+
+
+def test_function_calls_that_a_template_leaves_out_are_refused(tokenizer):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content or '' }}<eos>{% endfor %}" \
+                              "{% if add_generation_prompt %}assistant: {% endif %}"
+    say = lambda role, content, **more: [dict(role=role, content=content, **more)]
+    row = dict(prompt=say("user", "go"), chosen=say("assistant", "I look.", tool_calls=[{"name": "look"}]),
+               rejected=say("assistant", "no"))
+    with pytest.raises(ValueError, match="train: row 0: the chat template leaves out the function calls of chosen"):
+        prepare([row], tokenizer)
+    with pytest.raises(ValueError, match="the chat template leaves out the function calls of rejected"):
+        prepare([dict(row, chosen=row["rejected"], rejected=say("assistant", None, function_call={"name": "look"}))],
+                tokenizer)
+    thoughts = dict(row, chosen=say("assistant", "", reasoning_content="I look."))
+    good = dict(row, chosen=say("assistant", "yes"))
+    rows, report = prepare([thoughts, good, dict(good, tools=[{"name": "look"}])], tokenizer)
+    assert report.dropped == {"chosen is empty once tokenised": 1} and rows["row"] == [1, 2]
+    assert report.unread == ["tools (not in the chat template)"]
+
+
+def test_instructions_in_both_answers_go_before_the_question(tokenizer):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}<eos>{% endfor %}" \
+                              "{% if add_generation_prompt %}assistant: {% endif %}"
+    say = lambda role, content: dict(role=role, content=content)
+    for role in ("system", "developer"):
+        answers = {side: [say(role, "be short"), say("assistant", word)]
+                   for side, word in (("chosen", "yes"), ("rejected", "no"))}
+        for prompt in ("is it", [say("user", "is it")], [say(role, "be short"), say("user", "is it")]):
+            (row,), _ = prepare([dict(prompt=prompt, **answers)], tokenizer)
+            assert tokenizer.decode(row["prompt_ids"]) == f"{role}: be short<eos>user: is it<eos>assistant: "
+            assert tokenizer.decode(row["chosen_ids"]) == "yes<eos>"
+        answers["rejected"][0] = say(role, "be long")
+        with pytest.raises(ValueError, match=f"{role} turn in chosen"):
+            prepare([dict(prompt="is it", **answers)], tokenizer)
+
+
+def test_a_conversation_keeps_what_its_turns_hold(tokenizer):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = ("{% for m in messages %}{{ m.role }}: {{ m.content }}{% for c in m.tool_calls or [] %}"
+                               "{{ c | tojson }}{% endfor %}<eos>{% endfor %}"
+                               "{% if add_generation_prompt %}assistant: {% endif %}")
+    turn = lambda who, value, **more: {"from": who, "value": value, **more}
+    rows = [dict(conversations=[turn("human", "go"), turn("gpt", "I go"), turn("tool", "gone")],
+                 chosen=turn("gpt", "", tool_calls=[{"name": "a", "arguments": {"x": 1}}]), rejected=turn("gpt", "no")),
+            dict(conversations=[turn("human", "go")], rejected=turn("gpt", "no"),
+                 chosen=turn("gpt", "", tool_calls=[{"name": "b", "arguments": {"y": "z"}}]))]
+    for data in (rows, Dataset.from_list(rows)):
+        kept, _ = prepare(data, tokenizer)
+        assert tokenizer.decode(kept[0]["prompt_ids"]) == "user: go<eos>assistant: I go<eos>tool: gone<eos>assistant: "
+        calls = ('{"name": "a", "arguments": {"x": 1}}<eos>', '{"name": "b", "arguments": {"y": "z"}}<eos>')
+        for row, call in zip(kept, calls, strict=True): assert tokenizer.decode(row["chosen_ids"]) == call
 
 
 def test_a_null_that_somebody_wrote_stays(tokenizer):
@@ -412,6 +485,12 @@ def test_a_row_that_cannot_stand_in_a_table_is_named(tokenizer, bad, words):
     rows[1] = bad if isinstance(bad, str) else rows[1] | bad
     with pytest.raises((TypeError, ValueError), match=words) as caught: prepare(rows, tokenizer, name="rows")
     assert "\n" not in str(caught.value)
+
+
+def test_half_a_character_in_a_name_is_named(tokenizer):
+    with pytest.raises(ValueError, match="row 1: .*holds half a character"):
+        pair = dict(prompt="a", chosen="b", rejected="c")
+        prepare([pair, {**pair, "\ud83d": 1}], tokenizer)
 
 
 def test_half_a_character_in_a_message_is_named(tokenizer):
@@ -522,6 +601,11 @@ def test_a_template_that_refuses_half_a_talk_loses_the_exchange(tokenizer):
     refusing.chat_template = ("{% if messages[0].role != 'user' %}{{ raise_exception('begin with user') }}{% endif %}"
                               + CHATML)
     assert shorten_chat(turns, len(rest) + 3, refusing, None) == ids == rest
+
+
+def test_max_prompt_length_is_a_number(tokenizer):
+    with pytest.raises(TypeError, match="max_prompt_length must be a number of tokens, or None, got '3'"):
+        prepare([dict(prompt="a", chosen="b", rejected="c")], tokenizer, max_prompt_length="3")
 
 
 def test_max_length_is_a_number(tokenizer):
@@ -727,6 +811,26 @@ def test_a_table_of_text_is_read_as_it_stands(tmp_path, no_hub, tokenizer):
             assert load_preferences(path).to_list() == rows
         assert prepare(load_preferences(path), tokenizer)[1].dropped == {"empty chosen": 1}
     assert load_preferences(tmp_path / "a.tsv", "train[2:]").to_list() == rows[2:]
+    (tmp_path / "A.CSV").write_bytes((tmp_path / "a.csv").read_bytes())
+    for name in ("a.csv", "a.tsv", "a.csv.gz"):         # a folder with one of them is the same
+        folder = tmp_path / f"folder-{name}"
+        folder.mkdir()
+        (folder / f"train{name[1:]}").write_bytes((tmp_path / name).read_bytes())
+        for path in (folder, tmp_path / "A.CSV"): assert load_preferences(path).to_list() == rows
+
+
+@pytest.mark.parametrize("name, text, words", [
+    ("a.csv", "prompt,chosen,rejected\nQ,a,b\nQ,a,b,c\n", "row 1 has 4 cells, and the first line names 3 columns"),
+    ("a.tsv", "prompt\tchosen\trejected\n\nQ\ta\n", "row 0 has 2 cells"),
+    ("a.csv", "prompt;chosen;rejected\nQ;a;b\n", "its first line is one column, 'prompt;chosen;rejected': .*commas"),
+    ("a.tsv", "prompt,chosen,rejected\nQ,a,b\n", "its first line is one column, .*tabs in a .tsv"),
+])
+def test_a_table_whose_columns_do_not_fit_is_refused(tmp_path, no_hub, name, text, words):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=words): load_preferences(tmp_path / name)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / f"train{name[1:]}").write_text(text)
+    with pytest.raises(ValueError, match=words): load_preferences(tmp_path / "folder")
 
 
 def test_a_file_of_another_kind_says_which_can_be_read(tmp_path, no_hub):
@@ -734,6 +838,23 @@ def test_a_file_of_another_kind_says_which_can_be_read(tmp_path, no_hub):
         (tmp_path / name).write_text("a")
         with pytest.raises(ValueError, match="a file must be .jsonl, .json, .csv, .tsv or .parquet, gzipped or not"):
             load_texts(tmp_path / name)
+
+
+def test_every_layout_becomes_a_chat_where_that_is_asked_for(tmp_path, no_hub):
+    calls = [{"type": "function", "function": {"name": "look", "arguments": {"far": True}}}]
+    say = lambda role, content, **more: dict(role=role, content=content, **more)
+    chat = [say("user", "Is it?")], [say("assistant", "Yes.")], [say("assistant", "No.")]
+    called = chat[0], [say("assistant", "", tool_calls=calls)], chat[2]
+    for given, right in (
+        (dict(question="Is it?", chosen="Yes.", rejected="No."), chat),
+        (dict(chosen="Is it? Yes.", rejected="Is it? No."), chat),
+        (dict(prompt="Is it?", chosen=chat[1], rejected=chat[2]), ("Is it?", *chat[1:])),
+        (dict(zip(PARTS, called, strict=True)), called),
+    ):
+        path = tmp_path / "pairs.jsonl"
+        path.write_text(json.dumps(given) + "\n")
+        (row,) = load_preferences(path, as_messages=True)
+        assert {part: row[part] for part in PARTS} == dict(zip(PARTS, right, strict=True))
 
 
 def test_a_file_that_is_not_utf_8_names_the_row(tmp_path, no_hub):

@@ -17,6 +17,8 @@ from datasets import Dataset
 
 # %% ../../nbs/library/data/05_prepare.ipynb #128b2f33
 from tokpref.data.formats import (
+    CALLS,
+    SIDES,
     WEIGHTS,
     check_chat,
     check_columns,
@@ -24,7 +26,6 @@ from tokpref.data.formats import (
     row_tools,
     split_pair,
     why_unusable,
-    without_none,
 )
 from tokpref.data.tokens import (
     check_lengths,
@@ -37,7 +38,7 @@ from tokpref.data.tokens import (
     shorten_chat,
 )
 
-from .layouts import READ, unread
+from .layouts import READ, unread, without_none
 from .report import PrepReport, decode_row, make_report
 from .sources import code_digest, shows_examples
 
@@ -45,9 +46,12 @@ from .sources import code_digest, shows_examples
 _EMPTY = {"prompt_ids": [], "chosen_ids": [], "rejected_ids": [], "size": [0, 0, 0], "cut": [0, 0, 0]}
 
 # %% ../../nbs/library/data/05_prepare.ipynb #73b1ab67
-def _why_identical(chosen: list[int], rejected: list[int]) -> str:
-    "Why two responses that were written differently are the same in the end."
-    return "identical once tokenised" if chosen == rejected else "identical once truncated"
+def _why_useless(full: tuple[list[int], list[int]], short: list[list[int]]) -> str:
+    "Why two responses that were written differently are of no use in the end: whole, and cut; empty if they are."
+    for side, ids in zip(SIDES, full, strict=True):
+        if len(ids) == 1: return f"{side} is empty once tokenised"      # the end token alone
+    if full[0] == full[1]: return "identical once tokenised"
+    return "identical once truncated" if short[0] == short[1] else ""
 
 
 def _finish(ids: tuple, row: int, weights: dict, spec: dict, shorten: Callable | None = None) -> dict:
@@ -61,10 +65,18 @@ def _finish(ids: tuple, row: int, weights: dict, spec: dict, shorten: Callable |
     sizes = [len(part) for part in (kept, *short)]
     return {"prompt_ids": kept, "chosen_ids": short[0], "rejected_ids": short[1], "row": row, "size": sizes,
             "cut": [len(full) - size for full, size in zip(ids, sizes, strict=True)],
-            "why": _why_identical(*ids[1:]) if short[0] == short[1] else "",
+            "why": _why_useless((chosen, rejected), short),
             **{name: cut_response(values, room) for name, values in weights.items()}}
 
 # %% ../../nbs/library/data/05_prepare.ipynb #1600a35a
+def _check_calls(side: str, response: list[dict], ids: list[int], encode: Callable) -> None:
+    "Raise `ValueError` where a response calls functions, and has the same ids without these calls."
+    if not any(message.get(name) for message in response for name in CALLS): return
+    silent = [{name: value for name, value in message.items() if name not in CALLS} for message in response]
+    if encode(silent)[1] == ids:
+        raise ValueError(f"the chat template leaves out the function calls of {side}: use one that writes tool_calls")
+
+
 def _read_pair(pair: dict, tokenizer: Any, spec: dict) -> tuple:
     "Why a raw row is unusable (or None), its texts (or None), and, of a chat, its ids and how to shorten its prompt."
     parts = split_pair(pair)
@@ -73,8 +85,10 @@ def _read_pair(pair: dict, tokenizer: Any, spec: dict) -> tuple:
     prompt, chosen, rejected = parts
     tools = row_tools(pair)
     options = {**(spec["chat_template_kwargs"] or {}), **row_options(pair), **({"tools": tools} if tools else {})}
-    prompt_ids, chosen_ids = encode_chat(prompt, chosen, tokenizer, options)
-    _, rejected_ids = encode_chat(prompt, rejected, tokenizer, options)
+    encode = partial(encode_chat, prompt, tokenizer=tokenizer, options=options)
+    (prompt_ids, chosen_ids), (_, rejected_ids) = encode(chosen), encode(rejected)
+    _check_calls("chosen", chosen, chosen_ids, encode)
+    _check_calls("rejected", rejected, rejected_ids, encode)
     shorten = partial(shorten_chat, prompt, tokenizer=tokenizer, options=options)
     return None, None, (prompt_ids, chosen_ids, rejected_ids), shorten
 
@@ -126,6 +140,12 @@ def _encode(dataset: Dataset, tokenizer: Any, spec: dict, num_proc: int | None) 
         features=_features(columns), fn_kwargs=dict(tokenizer=tokenizer, spec=spec), desc=f"tokenising {spec['name']}")
 
 # %% ../../nbs/library/data/05_prepare.ipynb #11e20b8f
+def _unread(dataset: Dataset, tokenizer: Any) -> list[str]:
+    "Columns that nothing reads; `tools` is one of them where the chat template knows of none."
+    ignored = "tools" in dataset.column_names and "tools" not in str(tokenizer.chat_template)
+    return unread(dataset.column_names) + (["tools (not in the chat template)"] if ignored else [])
+
+
 def _good_rows(why: list[str], name: str, on_bad_row: str) -> list[int]:
     "Which rows are usable; `ValueError` for bad rows if they are not to be dropped, or if no good one is left."
     good = [row for row, reason in enumerate(why) if not reason]
@@ -168,4 +188,4 @@ def prepare(
     kept = (full if len(good) == len(full) else full.select(good)).remove_columns(["why", "size"])
     shown = min(examples, len(kept)) if shows_examples(full) else 0
     examples_shown = [decode_row(kept[i], tokenizer) for i in range(shown)]
-    return kept, make_report(name, full, good, examples_shown, unread=unread(dataset.column_names), **limits)
+    return kept, make_report(name, full, good, examples_shown, unread=_unread(dataset, tokenizer), **limits)

@@ -15,7 +15,7 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +26,8 @@ from datasets.exceptions import DatasetGenerationError
 
 # %% ../../nbs/library/data/03_sources.ipynb #24ede6a4
 from ..checks import check_unused, nearest
-from .formats import PARTS, SIDES, split_pair
+from .formats import PARTS, SIDES, column_kind, split_pair
+from .layouts import arrange
 
 # %% ../../nbs/library/data/03_sources.ipynb #a2e67809
 _HUMAN = "\n\nHuman:"
@@ -140,13 +141,13 @@ def data_root() -> Path | None:
                             "set it to one laid out like the hub, or unset it")
 
 # %% ../../nbs/library/data/03_sources.ipynb #db25e289
-_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv"}
+_FORMATS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv"}
 _NAMED = ".jsonl, .json, .csv, .tsv or .parquet, gzipped or not"
 
 
 def _suffix(path: Path) -> str:
     "What the kind of a file is known by."
-    return Path(path.name.removesuffix(".gz")).suffix
+    return Path(path.name.lower().removesuffix(".gz")).suffix
 
 
 def _split_name(split: str) -> tuple[str, str]:
@@ -155,12 +156,32 @@ def _split_name(split: str) -> tuple[str, str]:
     return name, bracket + rest
 
 
+def _cells(path: Path, mark: str) -> Iterator[list[str]]:
+    "The rows of a table of text, the names of its columns first."
+    limit = csv.field_size_limit(2**31 - 1)
+    how = dict(encoding="utf-8-sig", errors="surrogateescape", newline="")
+    try:
+        with gzip.open(path, "rt", **how) if path.suffix.lower() == ".gz" else path.open(**how) as file:
+            yield from csv.reader(file, delimiter=mark)
+    finally: csv.field_size_limit(limit)
+
+
 def _as_text(path: Path) -> dict:
-    "How to read a table of comma- or tab-separated values so that every cell is the text that stands there."
+    """How to read a table of comma- or tab-separated values so that every cell is the text that stands there.
+
+    Raises `ValueError` for one without rows, with another separator, or with a row that is longer or shorter than others.
+    """
     mark = "\t" if _suffix(path) == ".tsv" else ","
-    opened = gzip.open(path, "rt", encoding="utf-8-sig") if path.suffix == ".gz" else path.open(encoding="utf-8-sig")
-    with opened as file: columns = next(csv.reader(file, delimiter=mark), [])
+    rows = _cells(path, mark)
+    columns = next(rows, [])
     if not columns: raise ValueError("the file has no rows")
+    if len(columns) == 1 and re.search(r"[;,\t]", columns[0]):
+        raise ValueError(f"its first line is one column, {columns[0][:40]!r}: separate columns by commas in a .csv, "
+                         "by tabs in a .tsv")
+    for number, row in enumerate(filter(None, rows)):
+        if len(row) == len(columns): continue
+        raise ValueError(f"row {number} has {len(row)} cells, and the first line names {len(columns)} columns: "
+                         "put text that holds the separator in double quotes")
     features = datasets.Features(dict.fromkeys(columns, datasets.Value("string")))
     return dict(sep=mark, features=features, keep_default_na=False, encoding="utf-8-sig")
 
@@ -188,6 +209,15 @@ def _open_file(path: Path, split: str) -> Dataset:
     return _readable(load_dataset(kind, data_files=str(path), split="train" + rest, **options))
 
 # %% ../../nbs/library/data/03_sources.ipynb #b1ca9cf3
+def _tables_as_text(where: dict, split: str) -> dict:
+    "`_as_text` for a folder whose files are tables of comma- or tab-separated values; {} for any other."
+    config = datasets.load_dataset_builder(**where).config
+    if type(config).__name__ != "CsvConfig": return {}
+    files = (config.data_files or {}).get(_split_name(split)[0], [])
+    options = [_as_text(Path(str(file))) for file in files]
+    return options[0] if options else {}
+
+
 def _open_folder(folder: Path, split: str, loader: Loader) -> Dataset:
     "A split of a folder laid out like a hub dataset, or of one written by `save_to_disk`."
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
@@ -197,7 +227,8 @@ def _open_folder(folder: Path, split: str, loader: Loader) -> Dataset:
         raise ValueError(f"no split {split!r} in {list(saved)} (and none of its slices: saved datasets have none)")
     if loader.data_dir and not (folder / loader.data_dir).is_dir():
         raise ValueError(f"no folder {loader.data_dir!r} in {folder}")
-    return load_dataset(str(folder), name=loader.config, data_dir=loader.data_dir, split=split)
+    where = dict(path=str(folder), name=loader.config, data_dir=loader.data_dir)
+    return load_dataset(**where, split=split, **_tables_as_text(where, split))
 
 # %% ../../nbs/library/data/03_sources.ipynb #a7190552
 def _open_hub(source: str, split: str, loader: Loader, root: Path | None) -> Dataset:
@@ -247,6 +278,7 @@ def load_texts(
     except (ValueError, DatasetGenerationError) as e:
         reason = str(e.__cause__ or e).splitlines()[0]
         if "corresponds to no data" in reason: reason = "the file has no rows"
+        if isinstance(e.__cause__ or e, UnicodeDecodeError): reason += ": save the file in UTF-8"
         raise ValueError(f"{source}, split {split!r}: {reason}") from None
 
 # %% ../../nbs/library/data/03_sources.ipynb #2bb336e4
@@ -299,10 +331,12 @@ def _wrap(row: dict) -> dict:
     return {**row, **to_messages(dict(zip(PARTS, split_pair(row), strict=True)))}
 
 
-def _chat_features(raw: Dataset) -> datasets.Features:
-    "The columns of `raw` with the three of a pair as messages."
+def _as_chat(raw: Dataset, name: str) -> Dataset:
+    "Pairs of text, in any layout that is known, as messages; pairs that are messages as they are."
+    pairs = arrange(raw, name)
+    if not set(SIDES) <= set(pairs.column_names) or column_kind(pairs.features["chosen"]) != "text": return pairs
     message = {"role": datasets.Value("string"), "content": datasets.Value("string")}
-    return datasets.Features({**raw.features, **dict.fromkeys(PARTS, [message])})
+    return pairs.map(_wrap, features=datasets.Features({**pairs.features, **dict.fromkeys(PARTS, [message])}))
 
 # %% ../../nbs/library/data/03_sources.ipynb #91a14e46
 def load_preferences(
@@ -314,7 +348,7 @@ def load_preferences(
 ) -> Dataset:                   # columns prompt, chosen, rejected (of a source without a loader, its own columns)
     "Preference pairs from anywhere. What a loader leaves out is logged and reported. Errors as `load_texts`."
     loader, raw = find_loader(str(source)), load_texts(source, split, config, data_dir)
-    if loader is None: return raw.map(_wrap, features=_chat_features(raw)) if as_messages else raw
+    if loader is None: return _as_chat(raw, str(source)) if as_messages else raw
     if loader.convert is None: raise ValueError(f"{source} holds texts, not preferences: call load_texts instead")
     options = dict(loader=loader, as_messages=as_messages, code=code_digest(_convert, loader.convert, split_pair))
     full = raw.map(_convert, fn_kwargs=options, remove_columns=raw.column_names, desc=f"reading {loader.hub_id}")

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from .layouts import INSTRUCTING
+
 # %% ../../nbs/library/data/01_tokens.ipynb #c2a20be6
 PAD_MEND = "set tokenizer.pad_token = tokenizer.eos_token (safe here: masks decide what counts, not ids)"
 
@@ -45,25 +47,50 @@ def check_tokenizer(
                          f"or call model.resize_token_embeddings({tokens})")
 
 # %% ../../nbs/library/data/01_tokens.ipynb #21cafe6f
-_ANCHORS = ("\n", ":", "a")      # texts to stand before a response
-
-
 def _plain_ids(texts: list[str], tokenizer: Any) -> list[list[int]]:
     "Ids of texts, each as if it stood alone, without special tokens."
     return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
 
 
-def continue_ids(texts: list[str], tokenizer: Any) -> list[list[int]]:
+def _begins_otherwise(anchor: str, letters: list[str], tokenizer: Any) -> bool | None:
+    "Whether a letter behind `anchor` has other ids than alone; None if none of the letters can tell."
+    (start,) = _plain_ids([anchor], tokenizer)
+    for letter in letters:
+        alone, behind = _plain_ids([letter, anchor + letter], tokenizer)
+        if not start or behind[:len(start)] != start: continue
+        if tokenizer.decode(behind).strip() != (anchor + letter).strip(): continue      # it holds an unknown token
+        return behind != start + alone
+    return None
+
+
+def continue_ids(
+    texts: list[str],
+    tokenizer: Any,
+    before: list[str] | None = None,    # what each of them continues, if that is known
+) -> list[list[int]]:
     "Ids of texts that continue another one: without the space that some tokenizers put before every beginning."
+    plain = _plain_ids(texts, tokenizer)
     done: list[list[int] | None] = [None] * len(texts)
-    for anchor in _ANCHORS:
-        (start,), probe = _plain_ids([anchor], tokenizer), _plain_ids(["b", anchor + "b"], tokenizer)
-        if not start or probe[1][:len(start)] != start: continue
-        if tokenizer.decode(probe[1]).strip() != (anchor + "b").strip(): continue     # it holds an unknown token
-        if probe[1] == start + probe[0]: break          # a beginning is not treated in another way
+    letters = list(dict.fromkeys("b" + "".join("".join(texts[:4]).split())))[:8]     # a small vocabulary may lack b
+    for anchor in ("\n", ":", "a", *letters):
+        if None not in done: break
+        otherwise = _begins_otherwise(anchor, letters, tokenizer)
+        if otherwise is False: return plain
+        if otherwise is None: continue
+        (start,) = _plain_ids([anchor], tokenizer)
         for place, ids in enumerate(_plain_ids([anchor + text for text in texts], tokenizer)):
             if done[place] is None and ids[:len(start)] == start: done[place] = ids[len(start):]
-    return [alone if ids is None else ids for ids, alone in zip(done, _plain_ids(texts, tokenizer), strict=True)]
+    behind = [alone if ids is None else ids for ids, alone in zip(done, plain, strict=True)]
+    if before is None: return behind
+    return [_nearest(*ids, head, text, tokenizer) if head[-1:].isspace() and ids[0] != ids[1] else ids[0]
+            for ids, head, text in zip(zip(behind, plain, strict=True), before, texts, strict=True)]
+
+
+def _nearest(behind: list[int], alone: list[int], head: str, text: str, tokenizer: Any) -> list[int]:
+    "Those ids of `text` which behind those of `head` decode to both; `behind` if neither does."
+    (whole,), (start,) = (_plain_ids([part], tokenizer) for part in (head + text, head))
+    read = [tokenizer.decode(ids) for ids in (whole, start + behind, start + alone)]
+    return alone if read[0] == read[2] != read[1] else behind
 
 
 def begin_ids(tokenizer: Any) -> list[int]:
@@ -84,7 +111,8 @@ def encode_texts(
     ids = _plain_ids([prompt for prompt, _, _ in triples], tokenizer)
     begin, end = begin_ids(tokenizer), [tokenizer.eos_token_id]
     prompts = [part if part[:1] == begin else begin + part for part in ids]
-    ids = continue_ids([response for _, *pair in triples for response in pair], tokenizer)
+    before = [prompt for prompt, *pair in triples for _ in pair]
+    ids = continue_ids([response for _, *pair in triples for response in pair], tokenizer, before)
     responses = [part if part[-1:] == end else part + end for part in ids]
     return list(zip(prompts, responses[::2], responses[1::2], strict=True))
 
@@ -132,7 +160,8 @@ def encode_chat(
     if not whole.startswith(head):
         raise ValueError("the chat template does not begin a conversation with its prompt, so the response cannot be "
                          "found: change that through chat_template_kwargs (such as enable_thinking), or pass text")
-    return prompt_ids, _end_turn(continue_ids([whole[len(head):]], tokenizer)[0], tokenizer)
+    (ids,) = continue_ids([whole[len(head):]], tokenizer, [head])
+    return prompt_ids, _end_turn(ids, tokenizer)
 
 # %% ../../nbs/library/data/01_tokens.ipynb #bfcf5c8a
 def cut_prompt(ids: list[int], limit: int, begin: list[int]) -> list[int]:
@@ -148,9 +177,6 @@ def cut_response(values: list, limit: int) -> list:
     return values if len(values) <= limit else values[:limit - 1] + values[-1:]
 
 # %% ../../nbs/library/data/01_tokens.ipynb #66a2bead
-_INSTRUCTING = ("system", "developer")      # roles that stand at the head of a chat and stay there
-
-
 def _try_render(messages: list[dict], tokenizer: Any, options: dict | None) -> list[int] | None:
     "Ids of a conversation with the assistant's header, or None where the template refuses it."
     try: return render_chat(tokenizer, messages, options, tokenize=True, prompt=True)
@@ -161,7 +187,7 @@ def _shorter_message(message: dict, over: int, tokenizer: Any) -> dict:
     "A message with about `over` tokens less."
     text = message["content"]
     characters = math.ceil(len(text) * over / max(1, len(_plain_ids([text], tokenizer)[0])))
-    instructs = message["role"] in _INSTRUCTING
+    instructs = message["role"] in INSTRUCTING
     return {**message, "content": text[:max(0, len(text) - characters)] if instructs else text[characters:]}
 
 def shorten_chat(
@@ -171,7 +197,7 @@ def shorten_chat(
     options: dict | None,       # more arguments of the chat template
 ) -> list[int] | None:          # ids, the assistant's header included; None: the template alone needs more tokens
     "A chat in at most `limit` tokens: without its oldest turns and, where that is not enough, the rest of a message."
-    head = next((i for i, message in enumerate(prompt) if message["role"] not in _INSTRUCTING), len(prompt))
+    head = next((i for i, message in enumerate(prompt) if message["role"] not in INSTRUCTING), len(prompt))
     users = [i for i, message in enumerate(prompt) if message["role"] == "user"]
     kept = prompt
     for start in users[1:]:
@@ -211,6 +237,8 @@ def check_lengths(max_length: int, max_prompt_length: int | None) -> None:
     "Raise `ValueError` unless a prompt and a response can fit."
     if not isinstance(max_length, int): raise TypeError(f"max_length must be a number of tokens, got {max_length!r}")
     if max_length < 4: raise ValueError(f"max_length must be at least 4 tokens, got {max_length}")
+    if not isinstance(max_prompt_length, int | None):
+        raise TypeError(f"max_prompt_length must be a number of tokens, or None, got {max_prompt_length!r}")
     if max_prompt_length is not None and not 0 < max_prompt_length <= max_length - 2:
         raise ValueError(f"max_prompt_length must lie between 1 and max_length - 2 = {max_length - 2}, "
                          f"got {max_prompt_length}: the response needs room")
