@@ -33,9 +33,9 @@ from tokpref.losses.types import LossSpec, PairLoss
 from tokpref.models import disable_dropout, layers_of
 from tokpref.training import load_baseline_head, model_card, trl
 from tokpref.training.card import hub_name
-from tokpref.training.config import check_streams
+from tokpref.training.config import check_even, check_streams
 from tokpref.training.reference import mix_into
-from tokpref.training.setup import make_baseline_head, not_finite
+from tokpref.training.setup import given_already, make_baseline_head, not_finite, without_last
 
 PAIRS = [{"prompt": f"say {word} ", "chosen": word + "!", "rejected": other + ", never"}
          for word in ("yes", "no") for other in ("maybe", "but", "go")]
@@ -102,6 +102,27 @@ def test_a_batch_that_was_cut_along_its_rows_is_found_out(make, model):
     torn = {name: value[:6] for name, value in batch.items()}       # as accelerate gives it to the first process
     with pytest.raises(ValueError, match="6 rows of ids for 6 pairs: .*tore pairs apart"):
         pair_loss(model, model, torn, LOSSES["dpo"])
+
+
+def test_batches_that_processes_would_wait_for_are_refused(make):
+    make(accelerator_config={"even_batches": False})        # one process waits for nobody
+    with pytest.raises(ValueError, match="even_batches=False would leave a process without its last batch"):
+        check_even(False, 2)
+
+
+@pytest.mark.parametrize("last, again", [(-1, (0, 0)), (0, (0, 0)), (1, (1, 2)), (2, (0, 2)), (3, (0, 1))])
+def test_pairs_that_fill_up_a_batch_are_known(last, again):
+    "Two processes of two pairs each, as accelerate fills them up, and how many of the four are new."
+    assert tuple(given_already(last, pairs=2, process=process) for process in (0, 1)) == again
+
+
+def test_the_last_pairs_of_a_batch_are_taken_out(make):
+    trainer = make()
+    batch = next(iter(trainer.get_train_dataloader()))
+    kept = without_last(batch, 2)
+    for name, values in batch.items():
+        new = [0, 1, 2, 3, 6, 7, 8, 9] if len(values) == 12 else [0, 1, 2, 3]
+        assert_close(kept[name], values[new])
 
 
 def test_streams_are_not_evaluated_by_several_processes(make):
@@ -592,9 +613,28 @@ def test_the_table_of_trl_names_every_setting_once(tmp_path):
     for name in (*trl.TRL_MISSING, *trl.TRL_OLDER):
         with pytest.raises(ValueError, match=f"{name} is a setting of TRL's that is not here"):
             PreferenceConfig(output_dir=str(tmp_path), **{name: 1})
+        for nothing in (None, False): PreferenceConfig(output_dir=str(tmp_path), **{name: nothing})
     for name, (loss, options) in trl.TRL_LOSSES.items():
         config = PreferenceConfig(output_dir=str(tmp_path), loss_type=name)
         assert (config.loss, config.options) == (loss, options)
+
+
+@pytest.mark.parametrize("name, hint", [
+    ("learning_rte", "learning_rate"), ("evaluation_strategy", "eval_strategy"), ("lossoptions", "loss_options"),
+    ("label_smoothing_facto", None), ("deepspead", None), ("label_nams", None)])
+def test_a_name_of_no_setting_gets_the_nearest_that_is_one(tmp_path, name, hint):
+    with pytest.raises(ValueError, match=f"unknown setting '{name}'") as error:
+        PreferenceConfig(output_dir=str(tmp_path), **{name: 1})
+    found = re.findall(r"did you mean '(\w+)'", str(error.value))
+    if hint: assert found == [hint]
+    for other in found: assert other not in ("label_smoothing_factor", "deepspeed", "label_names")
+
+
+def test_arguments_that_are_settings_are_told_where_they_belong(make, tokenizer):
+    for name, instead in (("tokenizer", "processing_class=tokenizer"), ("beta", r"PreferenceConfig\(..., beta="),
+                          ("quantization_config", "model_init_kwargs={'quantization_config'")):
+        with pytest.raises(TypeError, match=f"the trainer takes no argument '{name}': say .*{instead}"):
+            make({name: tokenizer})
 
 
 def test_log_probs_that_trl_precomputed_are_refused(make):

@@ -8,13 +8,10 @@ __all__ = ['TO_LOAD', 'read_yaml', 'parse_settings', 'parse_options', 'read_conf
 # %% ../../nbs/library/cli/00_settings.ipynb #ed1d0356
 import argparse
 import re
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import yaml
-
-from ..checks import nearest
 
 # %% ../../nbs/library/cli/00_settings.ipynb #fc6ebfbb
 class _Yaml(yaml.SafeLoader):
@@ -75,7 +72,8 @@ def train_settings(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, 
 
     Raises `ValueError` for an unknown name, a missing one, and one that is given twice.
     """
-    from tokpref.training import PreferenceConfig, from_trl
+    from tokpref.training.config import check_names
+    from tokpref.training.trl import from_trl
     flags = {name: getattr(args, name) for name in (*TO_LOAD, "loss", "beta", "output")}
     settings = read_config(args.config)
     settings |= {name: value for name, value in flags.items() if value is not None}
@@ -85,9 +83,7 @@ def train_settings(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, 
     if "output" in settings: settings["output_dir"] = settings.pop("output")
     for name in ("eval_strategy", "save_strategy", "logging_strategy"):
         if settings.get(name) is False: settings[name] = "no"       # YAML reads a bare `no` as false
-    known = [*TO_LOAD, *(field.name for field in fields(PreferenceConfig) if field.init)]
-    for name in settings:
-        if name not in known: raise ValueError(f"unknown setting {name!r}{nearest(name, known).split(' (known')[0]}")
+    check_names(settings, TO_LOAD)
     if args.resume and settings.get("resume_from_checkpoint"):
         raise ValueError("--resume and resume_from_checkpoint set the same thing: leave one out")
     load = {name: settings.pop(name, None) for name in TO_LOAD}

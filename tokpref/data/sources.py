@@ -169,7 +169,7 @@ def _cells(path: Path, mark: str) -> Iterator[list[str]]:
 def _as_text(path: Path) -> dict:
     """How to read a table of comma- or tab-separated values so that every cell is the text that stands there.
 
-    Raises `ValueError` for one without rows, with another separator, or with a row that is longer or shorter than others.
+    Raises `ValueError` for one without rows, with another separator, or with a row of more or fewer cells than the first.
     """
     mark = "\t" if _suffix(path) == ".tsv" else ","
     rows = _cells(path, mark)

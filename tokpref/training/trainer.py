@@ -25,7 +25,7 @@ from ..metrics import RunningAverages, learning_signal, pair_metrics
 from ..models import disable_dropout, has_adapter, max_positions, reference_of
 from . import setup
 from .card import model_card
-from .config import PreferenceConfig, check_streams
+from .config import PreferenceConfig, check_even, check_streams
 from .reference import MovingReference, check_movable, choose_reference
 
 # %% ../../nbs/library/training/03_trainer.ipynb #848ece6d
@@ -77,12 +77,14 @@ class PreferenceTrainer(Trainer):
             raise ValueError(f"one process sees {args.n_gpu} GPUs: start with torchrun --nproc-per-node {args.n_gpu}, "
                              "or set CUDA_VISIBLE_DEVICES=0")
         check_streams(self.eval_dataset, args.world_size)
+        check_even(self.accelerator.even_batches, args.world_size)
         self.accelerator.dataloader_config.dispatch_batches = False     # a batch cut along its rows tears pairs apart
         if args.torch_compile: setup.compile_by_layers(self.accelerator, args, policy, self.ref_model)
         setup.check_token_budget(args, self.loss, sharded=self.is_fsdp_enabled or self.is_deepspeed_enabled)
 
         self.model_accepts_loss_kwargs = False      # the Trainer divides the mean loss by accumulation steps
         self.share: float = 1.0                     # what the mean loss of the pass under way counts for
+        self.idle: bool = False                     # the last batch of this process only fills up
         self.engine: dict[str, bool] | None = None  # which of the fast ways are on; None: before the first batch
         self.unseen: list[tuple[Tensor, Tensor]] = []    # losses and rows that were not looked at yet
         self.averages = {"train": RunningAverages(), "eval": RunningAverages()}
@@ -146,17 +148,24 @@ class PreferenceTrainer(Trainer):
         metrics = {"loss": pairs.losses.float(), **pair_metrics(pairs, chosen, rejected)}
         if model.training:
             if self.args.learning_signal and self.will_log(): metrics |= learning_signal(self.loss, chosen, rejected)
-            self.averages["train"].add(metrics)
+            if self.share: self.averages["train"].add(metrics)
             loss = loss * self.share
         else:       # gathered without the pairs that were repeated to fill a batch
             self.averages["eval"].add(cast(dict, self.accelerator.gather_for_metrics(metrics)))
         return (loss, pairs) if return_outputs else loss
 
     def get_batch_samples(self, epoch_iterator, num_batches, device) -> tuple[list, Any]:
-        "The batches of a step, and the number of pairs in them over all processes."
+        "The batches of a step, and the number of pairs in them over all processes, none of them twice."
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        pairs = torch.tensor(sum(len(batch["input_ids"]) // 2 for batch in batches), device=device)
-        return batches, self.accelerator.reduce(pairs, "sum")
+        self.idle = False
+        state, count = self.accelerator.gradient_state, sum(len(batch["input_ids"]) // 2 for batch in batches)
+        if batches and state.end_of_dataloader and self.accelerator.num_processes > 1:
+            pairs = len(batches[-1]["input_ids"]) // 2
+            again = setup.given_already(state.remainder, pairs, self.accelerator.process_index)
+            self.idle = again == pairs
+            count -= again
+            if 0 < again < pairs: batches[-1] = setup.without_last(batches[-1], again)
+        return batches, self.accelerator.reduce(torch.tensor(count, device=device), "sum")
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
         """Gradients of a batch, in as many passes as `token_budget` asks for.
@@ -169,6 +178,7 @@ class PreferenceTrainer(Trainer):
         if num_items_in_batch is not None:
             batches = self.current_gradient_accumulation_steps * self.accelerator.num_processes
             weight = batches / int(num_items_in_batch)
+        if self.idle and self.accelerator.sync_gradients: weight = 0.0      # its last batch has no pair of its own
         budget = self.args.token_budget
         passes = split_by_tokens(inputs, budget) if budget else [inputs]
         parts = [module for module in (model, self.baseline_head) if module is not None]

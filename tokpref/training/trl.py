@@ -34,7 +34,7 @@ TRL_RENAMED = {
     "trust_remote_code": "`model_init_kwargs={\"trust_remote_code\": True}`",
 }
 TRL_MISSING = {
-    "router_aux_loss_coef": "the auxiliary loss of a mixture of experts is not added",
+    "router_aux_loss_coef": "set model.config.output_router_logits=True, and router_aux_loss_coef beside it",
     "truncation_mode": "a prompt loses its beginning, a response its end",
     "padding_free": "pairs are packed where that changes nothing, see shared_prompt",
     "pad_to_multiple_of": "pass data_collator=PreferenceCollator(tokenizer.pad_token_id, pad_to_multiple_of=8)",
@@ -50,6 +50,18 @@ TRL_OLDER = {     # of versions before 1.16
     "reference_free": "losses without reference are simpo, orpo and cpo",
     "ref_model_init_kwargs": "set model_init_kwargs for both, or load the reference and hand it over",
     "max_completion_length": "set max_length, and max_prompt_length if prompts are long",
+    "max_target_length": "set max_length, and max_prompt_length if prompts are long",
+    "model_adapter_name": "the adapter that is active is trained",
+    "ref_adapter_name": "leave it out, and the policy as handed over is the reference, its adapter included",
+    "force_use_ref_model": "pass ref_model, and it is used",
+    "generate_during_eval": "tokpref.evaluation.sample draws responses",
+    "is_encoder_decoder": "only models that read and write with the same layers are trained",
+    "label_pad_token_id": "masks say which tokens count",
+    "padding_value": "set tokenizer.pad_token; masks say which tokens count",
+    "use_logits_to_keep": "only the logits of responses are computed",
+    "use_num_logits_to_keep": "only the logits of responses are computed",
+    "use_liger_loss": "no logits of a whole batch are computed",
+    "tools": "a column tools, for each row its own",
 }
 
 # %% ../../nbs/library/training/04_trl.ipynb #7eab81f0
@@ -128,7 +140,7 @@ def from_trl(settings: dict) -> dict:
     """
     settings = dict(settings)
     for name, instead in (TRL_MISSING | TRL_OLDER).items():
-        if name in settings: raise ValueError(f"{name} is a setting of TRL's that is not here: {instead}")
+        if settings.pop(name, None) not in (None, False): raise ValueError(f"{name} is a setting of TRL's that is not here: {instead}")
     if isinstance(settings.get("loss"), dict): settings["loss"] = sum_name(settings["loss"])
     loss_type, weights = settings.pop("loss_type", None), settings.pop("loss_weights", None)
     smoothing = settings.pop("label_smoothing", None)
