@@ -7,15 +7,13 @@ __all__ = ['LOADERS', 'hh_pair', 'tldr_pair', 'chat_pair', 'qa_pair', 'to_messag
            'load_texts', 'source_note', 'shows_examples', 'code_digest', 'load_preferences']
 
 # %% ../../nbs/library/data/03_sources.ipynb #4a23d596
-import csv
 import dataclasses
-import gzip
 import hashlib
 import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +26,7 @@ from datasets.exceptions import DatasetGenerationError
 from ..checks import check_unused, nearest
 from .formats import PARTS, SIDES, column_kind, split_pair
 from .layouts import arrange
+from .tables import suffix, table_options
 
 # %% ../../nbs/library/data/03_sources.ipynb #a2e67809
 _HUMAN = "\n\nHuman:"
@@ -145,45 +144,10 @@ _FORMATS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".parquet": "p
 _NAMED = ".jsonl, .json, .csv, .tsv or .parquet, gzipped or not"
 
 
-def _suffix(path: Path) -> str:
-    "What the kind of a file is known by."
-    return Path(path.name.lower().removesuffix(".gz")).suffix
-
-
 def _split_name(split: str) -> tuple[str, str]:
     "Name and slice of a split such as `train[:100]`."
     name, bracket, rest = split.partition("[")
     return name, bracket + rest
-
-
-def _cells(path: Path, mark: str) -> Iterator[list[str]]:
-    "The rows of a table of text, the names of its columns first."
-    limit = csv.field_size_limit(2**31 - 1)
-    how = dict(encoding="utf-8-sig", errors="surrogateescape", newline="")
-    try:
-        with gzip.open(path, "rt", **how) if path.suffix.lower() == ".gz" else path.open(**how) as file:
-            yield from csv.reader(file, delimiter=mark)
-    finally: csv.field_size_limit(limit)
-
-
-def _as_text(path: Path) -> dict:
-    """How to read a table of comma- or tab-separated values so that every cell is the text that stands there.
-
-    Raises `ValueError` for one without rows, with another separator, or with a row of more or fewer cells than the first.
-    """
-    mark = "\t" if _suffix(path) == ".tsv" else ","
-    rows = _cells(path, mark)
-    columns = next(rows, [])
-    if not columns: raise ValueError("the file has no rows")
-    if len(columns) == 1 and re.search(r"[;,\t]", columns[0]):
-        raise ValueError(f"its first line is one column, {columns[0][:40]!r}: separate columns by commas in a .csv, "
-                         "by tabs in a .tsv")
-    for number, row in enumerate(filter(None, rows)):
-        if len(row) == len(columns): continue
-        raise ValueError(f"row {number} has {len(row)} cells, and the first line names {len(columns)} columns: "
-                         "put text that holds the separator in double quotes")
-    features = datasets.Features(dict.fromkeys(columns, datasets.Value("string")))
-    return dict(sep=mark, features=features, keep_default_na=False, encoding="utf-8-sig")
 
 
 def _readable(rows: Dataset) -> Dataset:
@@ -204,17 +168,17 @@ def _open_file(path: Path, split: str) -> Dataset:
     name, rest = _split_name(split)
     if name != "train" and not re.search(rf"(?<![A-Za-z0-9]){re.escape(name)}(?![A-Za-z0-9])", path.name):
         raise ValueError(f"a file is one split: pass split='train{rest}', or a file with {name!r} in its name")
-    kind = _FORMATS[_suffix(path)]
-    options = _as_text(path) if kind == "csv" else {}
+    kind = _FORMATS[suffix(path)]
+    options = table_options(path) if kind == "csv" else {}
     return _readable(load_dataset(kind, data_files=str(path), split="train" + rest, **options))
 
 # %% ../../nbs/library/data/03_sources.ipynb #b1ca9cf3
 def _tables_as_text(where: dict, split: str) -> dict:
-    "`_as_text` for a folder whose files are tables of comma- or tab-separated values; {} for any other."
+    "`table_options` for a folder whose files are tables of comma- or tab-separated values; {} for any other."
     config = datasets.load_dataset_builder(**where).config
     if type(config).__name__ != "CsvConfig": return {}
     files = (config.data_files or {}).get(_split_name(split)[0], [])
-    options = [_as_text(Path(str(file))) for file in files]
+    options = [table_options(Path(str(file))) for file in files]
     return options[0] if options else {}
 
 
@@ -249,9 +213,9 @@ def _open_hub(source: str, split: str, loader: Loader, root: Path | None) -> Dat
 def _open(source: str, split: str, loader: Loader) -> Dataset:
     "The raw split of a file, of a local folder, or of a hub dataset, in this order."
     path, root = Path(source).expanduser(), data_root()
-    if path.is_file() and _suffix(path) not in _FORMATS:
-        raise ValueError(f"cannot read a {_suffix(path) or 'file without a suffix'}: a file must be {_NAMED}")
-    if _suffix(path) in _FORMATS and not path.is_dir():
+    if path.is_file() and suffix(path) not in _FORMATS:
+        raise ValueError(f"cannot read a {suffix(path) or 'file without a suffix'}: a file must be {_NAMED}")
+    if suffix(path) in _FORMATS and not path.is_dir():
         check_unused(False, "a file is one table", config=(loader.config, None), data_dir=(loader.data_dir, None))
         return _open_file(path, split)
     name, rest = _split_name(split)

@@ -117,9 +117,9 @@ def check_names(
 ) -> None:
     "Raise `ValueError`, with the nearest name, for one that is no setting."
     known = [*more, *(field.name for field in dataclasses.fields(PreferenceConfig) if field.init)]
+    useful = [name for name in known if name not in _REFUSED]
     for name in settings:
-        if name in known: continue
-        raise ValueError(f"unknown setting {name!r}{did_you_mean(name, [each for each in known if each not in _REFUSED])}")
+        if name not in known: raise ValueError(f"unknown setting {name!r}{did_you_mean(name, useful)}")
 
 # %% ../../nbs/library/training/00_config.ipynb #34bdfd99
 def check_launcher(deepspeed: Any) -> None:

@@ -140,7 +140,8 @@ def from_trl(settings: dict) -> dict:
     """
     settings = dict(settings)
     for name, instead in (TRL_MISSING | TRL_OLDER).items():
-        if settings.pop(name, None) not in (None, False): raise ValueError(f"{name} is a setting of TRL's that is not here: {instead}")
+        if settings.pop(name, None) in (None, False): continue
+        raise ValueError(f"{name} is a setting of TRL's that is not here: {instead}")
     if isinstance(settings.get("loss"), dict): settings["loss"] = sum_name(settings["loss"])
     loss_type, weights = settings.pop("loss_type", None), settings.pop("loss_weights", None)
     smoothing = settings.pop("label_smoothing", None)
