@@ -41,7 +41,7 @@ def test_every_series_can_be_seen(name, background):
 
 
 def test_every_spare_colour_and_every_line_to_compare_with_can_be_seen():
-    for color in (*style.SPARE_COLORS, style.LEVEL): assert min(ratio(color, WHITE), ratio(color, DARK)) >= 3, color
+    for color in (*style.SPARE_COLORS, *style.CYCLE, style.LEVEL): assert min(ratio(color, WHITE), ratio(color, DARK)) >= 3, color
 
 
 def test_what_is_drawn_has_the_full_colour():
@@ -127,5 +127,5 @@ def test_stored_figures_of_pyplot_stand_in_the_same_frame(tmp_path, monkeypatch)
     with matplotlib.rc_context(style.FRAME): wanted = {name: matplotlib.rcParams[name] for name in style.FRAME}
     colored = {name for name in wanted if "color" in name} | {"axes.prop_cycle"}
     assert set(read) == set(wanted) and all(read[name] == wanted[name] for name in set(wanted) - colored)
-    assert [to_hex(c["color"]).upper() for c in read["axes.prop_cycle"]] == list(style.SPARE_COLORS)
+    assert [to_hex(c["color"]).upper() for c in read["axes.prop_cycle"]] == list(style.CYCLE)
     for name in colored - {"axes.prop_cycle"}: assert to_hex(read[name]) == to_hex(wanted[name]), name

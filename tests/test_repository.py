@@ -5,6 +5,7 @@ import importlib
 import inspect
 import itertools
 import json
+import os
 import re
 import shlex
 import shutil
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import nbformat
@@ -19,6 +21,7 @@ import pytest
 import yaml
 from fastcore.docments import docments
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -239,6 +242,24 @@ def test_readme_is_short_and_opens_with_a_model_that_trains():
     assert len([line for line in code if line]) <= 6 and text.index(code[0]) < text.index("](https:")
 
 
+def test_the_loss_of_the_readme_is_compared_with_nine_others(tmp_path, monkeypatch):
+    "All ten are known; the own one is trained as the command says, but alone and for one step."
+    from tokpref.cli import main
+    from tokpref.losses.registry import LOSSES
+    own = next(block for block in readme_blocks("python") if "LossSpec" in block)
+    command = next(block for block in readme_blocks("sh") if "--import" in block)
+    assert len([line for line in (own + command).splitlines() if line.strip()]) <= 6
+    arguments = shlex.split(command)[1:]
+    name, *others = arguments[arguments.index("--losses") + 1:]
+    assert len(set(others)) == 9 and set(others) <= set(LOSSES) and name not in LOSSES
+    monkeypatch.chdir(tmp_path)
+    Path("my_loss.py").write_text(own, encoding="utf-8")
+    try: assert main([*arguments[:-9], "--profile", "smoke", "--set", "steps=1", "--out", "out", "--quiet"]) == 0
+    finally: LOSSES.pop(name, None)
+    record = json.loads(Path("out/comparison.json").read_text(encoding="utf-8"))
+    assert [run["label"] for run in record["runs"]] == [name] and "error" not in record["runs"][0]
+
+
 def test_chapters_of_the_readme_are_pages_of_the_site():
     pages = {readme.page(path.relative_to(ROOT / "nbs").as_posix()) for path in NOTEBOOKS}
     links = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", (ROOT / "README.md").read_text(encoding="utf-8"))
@@ -403,6 +424,38 @@ def test_a_chapter_in_colab_has_the_wheel_and_nothing_of_the_checkout(distributi
         wrong = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)])
         nbformat.write(wrong, tmp_path / "wrong.ipynb")
         assert colab.run_chapter(tmp_path / "wrong.ipynb", python, distributions[1]).startswith(error)
+
+
+HAVE = {*sys.stdlib_module_names, *(module for module, packages in packages_distributions().items()
+                                    if {canonicalize_name(package) for package in packages}
+                                    & colab.needed(*SETTINGS["requirements"].split(), "ipykernel", "ipywidgets"))}
+
+
+@every(CHAPTERS)
+def test_a_chapter_asks_for_nothing_that_only_the_checkout_has(path):
+    "What can be seen without running it of what `make colab` tries: what it imports, and files beside the notebook."
+    for cell in cells(path, "code"):
+        if re.search(r"^#\|\s*(eval: false|skip)", cell.source, re.M): continue
+        tree = ast.parse(re.sub(r"^([ \t]*)[%!].*$", r"\1pass", cell.source, flags=re.M))
+        for node in tree.body:          # inside a function or behind an `if` it may be something optional
+            named = [a.name for a in node.names] if isinstance(node, ast.Import) else (
+                [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else [])
+            missing = [module for module in named if module.partition(".")[0] not in {*HAVE, "tokpref"}]
+            assert not missing, f"who installs tokpref does not have {missing}"
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                assert not re.match(r"\.\./[\w./]*$", node.value), f"a file of the checkout: {node.value}"
+
+
+@pytest.mark.skipif(os.environ.get("TOKPREF_COLAB") != "all", reason="takes an hour; `make colab` runs it every week")
+@every(CHAPTERS)
+def test_every_chapter_runs_from_the_wheel_alone(path, distributions, tmp_path_factory):
+    python = next((kept for kept in BARE if kept.exists()), None)
+    if python is None: BARE.append(python := colab.bare_environment(tmp_path_factory.mktemp("bare") / "env"))
+    assert colab.run_chapter(path, python, distributions[1]) == ""
+
+
+BARE: list[Path] = []
 
 
 def test_a_release_is_made_from_its_own_tag(monkeypatch):

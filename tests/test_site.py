@@ -575,8 +575,8 @@ def test_sliders_say_their_value(site, browser):
 
 
 def test_the_palette_can_be_seen_as_the_pages_show_it(site, browser):
-    from tokpref.plots.style import LEVEL, LOSS_STYLES, SPARE_COLORS
-    colors = [*(color for color, _ in LOSS_STYLES.values()), *SPARE_COLORS, LEVEL]
+    from tokpref.plots.style import CYCLE, LEVEL, LOSS_STYLES, SPARE_COLORS
+    colors = [*(color for color, _ in LOSS_STYLES.values()), *SPARE_COLORS, *CYCLE, LEVEL]
     show(browser, address(site, next(page for page in site[1] if page.figures)))
     found = browser.execute_script("""
         const linear = v => (v /= 255) <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4;
@@ -598,6 +598,14 @@ def test_the_palette_can_be_seen_as_the_pages_show_it(site, browser):
         }
         return weak""", colors)
     assert not found
+
+
+def test_no_page_is_without_its_result(site):
+    for page in site[1]:
+        empty = re.search(r"no run yet|no run to show|has no sweep|Traceback \(most", text(site, page), re.I)
+        assert not empty, (page.source, empty)
+        if page.source.startswith("experiments/tasks/"):
+            assert re.search(r"<img ", article(site, page)) and re.search(r'class="output|<table', article(site, page)), page.source
 
 
 def test_no_chapter_number_stands_twice(site):

@@ -58,8 +58,8 @@ class Slides:
 
     def widget(self):
         "Sliders and the picture they redraw, an `ipywidgets.VBox`."
+        from ipywidgets import HTML, VBox
         from ipywidgets import Image as Picture
-        from ipywidgets import Label, VBox
         first, size = self._shown()
         picture = Picture(value=first, width=size["width"])
         sliders = {name: self._slider(name) for name in self.choices}
@@ -68,7 +68,7 @@ class Slides:
             picture.value = self.frame(**{name: self.choices[name][slider.value] for name, slider in sliders.items()})
 
         for slider in sliders.values(): slider.observe(redraw, "value")
-        return VBox([*sliders.values(), picture, *([Label(self.watch)] if self.watch else [])])
+        return VBox([*sliders.values(), picture, *([HTML(html.escape(self.watch))] if self.watch else [])])
 
     def _slider(self, name: str):
         "A slider over the positions of a choice, labelled with its values."
