@@ -64,22 +64,73 @@ def _draw_optimum(ax: Axes, optimum: Sequence[tuple[float, float]], right: float
     return [r for k, r in zip(kl, reward, strict=True) if k <= right] + [float(np.interp(right, kl, reward))]
 
 
-def _draw_frontier(ax: Axes, points: list[dict], optimum: Sequence[tuple[float, float]] | None) -> None:
-    "Paths of (kl, reward) by loss, the last point of each drawn larger, below the optimum as far as they reach."
-    right = 1.08 * max(point["kl"] for point in points)
-    rewards = [point["reward"] for point in points]
-    if optimum is not None: rewards += _draw_optimum(ax, optimum, right)
+def _draw_paths(ax: Axes, points: list[dict], size: float) -> None:
+    "One path a loss by its steps, the last point of each drawn larger."
     groups = _by_loss(points)
     styles = loss_styles(groups)
     for loss, group in groups.items():
         style = styles[loss]
         x, y = [p["kl"] for p in group], [p["reward"] for p in group]
-        ax.plot(x, y, **style, markersize=3, label=loss)
-        ax.plot(x[-1:], y[-1:], **style, markersize=7, markeredgecolor="white", markeredgewidth=0.8, zorder=4)
+        ax.plot(x, y, **style, markersize=0.43 * size, label=loss)
+        ax.plot(x[-1:], y[-1:], **style, markersize=size, markeredgecolor="white", markeredgewidth=0.8, zorder=4)
+
+
+def _set_limits(ax: Axes, rewards: list[float], left: float, right: float) -> None:
+    "Limits with a margin above and below the rewards."
     margin = 0.06 * ((max(rewards) - min(rewards)) or 1.0)
     ax.set_ylim(min(rewards) - margin, max(rewards) + margin)
-    ax.set_xlim(min(0.0, *(p["kl"] for p in points)), right if right > 0 else None)
+    ax.set_xlim(left, right if right > 0 else None)
+
+# %% ../../nbs/library/plots/01_comparison.ipynb #77d1b3c4
+_INSET = (0.42, 0.28)       # width and height of an inset, in parts of its panel
+
+
+def _free_corner(ax: Axes, points: list[dict]) -> tuple[float, float]:
+    """Where an inset hides least of the paths: its lower left end, in parts of the panel.
+
+    Where every corner holds some of a path, the panel's limits are moved so that one of them does not.
+    """
+    (x0, x1), (y0, y1) = ax.get_xlim(), ax.get_ylim()
+    seen = []
+    for group in _by_loss(points).values():
+        steps, fine = np.arange(len(group)), np.linspace(0, len(group) - 1, 40)
+        kl, reward = (np.interp(fine, steps, [p[key] for p in group]) for key in ("kl", "reward"))
+        seen.append(np.stack([(kl - x0) / (x1 - x0), (reward - y0) / (y1 - y0)]))
+    x, y = np.concatenate(seen, axis=1)
+    width, height = _INSET
+    corners = [(0.98 - width, 0.12), (0.1, 0.92 - height), (0.98 - width, 0.92 - height), (0.1, 0.12)]
+
+    def hidden(corner: tuple[float, float]) -> int:
+        left, low = corner[0] - 0.08, corner[1] - 0.12      # its numbers and its title take room too
+        return int(((x > left) & (x < corner[0] + width) & (y > low) & (y < corner[1] + height + 0.08)).sum())
+
+    best = min(corners, key=hidden)
+    if hidden(best):
+        room = 0.4 * (y1 - y0)
+        ax.set_ylim(*((y0 - room, y1) if best[1] < 0.5 else (y0, y1 + room)))
+    return best
+
+
+def _draw_frontier(ax: Axes, points: list[dict], optimum: Sequence[tuple[float, float]] | None) -> None:
+    "Paths of (kl, reward) by loss below the optimum; where that is far above them, it is in an inset."
+    right = 1.08 * max(point["kl"] for point in points)
+    left = min(0.0, *(p["kl"] for p in points))
+    rewards = [point["reward"] for point in points]
+    best = _draw_optimum(ax, optimum, right) if optimum is not None else []
+    _draw_paths(ax, points, 7)
     ax.set(xlabel=r"KL$(\pi_\theta\,\Vert\,\pi_{\mathrm{ref}})$ on samples, nats", ylabel="expected reward")
+    far = max([*best, *rewards]) - min(rewards) > 2 * (max(rewards) - min(rewards))
+    _set_limits(ax, rewards if far else [*rewards, *best], left, right)
+    if not far or optimum is None: return
+    with rc_context(FRAME):
+        inset = ax.inset_axes((*_free_corner(ax, points), *_INSET))
+        _draw_optimum(inset, optimum, right)
+        _draw_paths(inset, points, 3)
+        _set_limits(inset, [*rewards, *best], left, right)
+        inset.set_title("with the optimum", fontsize=8, loc="left", pad=3)
+        inset.tick_params(labelsize=8, length=0, pad=2)
+        inset.grid(False)
+        inset.set_facecolor("white")
 
 # %% ../../nbs/library/plots/01_comparison.ipynb #5c6525e2
 def frontier_plot(

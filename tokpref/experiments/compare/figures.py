@@ -52,38 +52,9 @@ def _draw_band(axes, record: dict, label: str, runs: list[dict]) -> None:
     band = path_band(record, label, kls)
     line = next(line for line in axes.get_lines() if line.get_label() == label)
     axes.fill_between(kls, band["low"], band["high"], color=line.get_color(), alpha=0.13, linewidth=0)
+    axes.vlines(kls[-1], band["low"][-1], band["high"][-1], color=line.get_color(), linewidth=1)
     least, most = axes.get_ylim()
     axes.set_ylim(min(least, band["low"].min()), max(most, band["high"].max()))     # no band is cut off
-
-# %% ../../../nbs/experiments/compare/12_figures.ipynb #5f2cc88f
-def _far_above(optimum: Sequence[tuple], points: Sequence[dict]) -> bool:
-    "Whether the paths would be flat lines at the bottom of a figure that shows the optimum too."
-    values = [point["reward"] for point in points]
-    return max(reward for _, reward in optimum) - min(values) > 2.5 * (max(values) - min(values))
-
-
-def _optimum_apart(axes, record: dict, runs: Mapping[str, list[dict]], optimum: Sequence[tuple]) -> None:
-    "The optimum and the paths in a small panel at the lower right, for which the axes are made to end low enough."
-    from tokpref.plots.style import LEVEL
-
-    left, bottom, width, height = 0.60, 0.13, 0.39, 0.33
-    start, end = axes.get_xlim()
-    kls = np.linspace(start + (left - 0.12) * (end - start), end, 40)
-    lows = [path_band(record, label, kls)["low"] for label in runs]
-    least, most = axes.get_ylim()
-    lowest = min((float(np.nanmin(low)) for low in lows if not np.isnan(low).all()), default=most)
-    free = bottom + height + 0.06
-    axes.set_ylim(min(least, (lowest - free * most) / (1 - free)), most)
-
-    inset = axes.inset_axes((left, bottom, width, height))
-    inset.plot(*zip(*optimum, strict=True), color=LEVEL, linewidth=1.2, linestyle=(0, (4, 2)))
-    for line in axes.get_lines():
-        if line.get_label() in runs: inset.plot(*line.get_data(), color=line.get_color(), linewidth=0.9)
-    inset.set_title("with the optimum (dashed)", fontsize=7, loc="left", pad=3)
-    inset.set_xlim(start, end)
-    inset.tick_params(labelsize=6.5, length=0)
-    inset.grid(False)
-    for spine in inset.spines.values(): spine.set(color=LEVEL, linewidth=0.6)
 
 # %% ../../../nbs/experiments/compare/12_figures.ipynb #829b3854
 def comparison_figure(
@@ -132,14 +103,12 @@ def _two_panels(record: dict, runs: Mapping[str, list[dict]], points: list[dict]
     from tokpref.plots import compare_figure  # here, so that a comparison runs where matplotlib is not installed
 
     optimum = _visible_optimum(record, 1.1 * max(point["kl"] for point in points))
-    far = optimum is not None and _far_above(optimum, points)
     title = f"{record['task']} ({record['profile']}): {record['description']}"
     level = 0.0 if metric == "gain" else None
-    figure = compare_figure(points, None if far else optimum, metric=metric, label=what, level=level, title=title)
+    figure = compare_figure(points, optimum, metric=metric, label=what, level=level, title=title)
     axes = figure.axes[0]
     axes.set_ylabel(str(_LABELS.get(record.get("value", "reward"), record.get("value", "reward"))))
     for label, seeds in runs.items(): _draw_band(axes, record, label, seeds)
-    if far and optimum is not None: _optimum_apart(axes, record, runs, optimum)
     return figure
 
 # %% ../../../nbs/experiments/compare/12_figures.ipynb #1c00d915
