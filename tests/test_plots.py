@@ -41,7 +41,8 @@ def test_every_series_can_be_seen(name, background):
 
 
 def test_every_spare_colour_and_every_line_to_compare_with_can_be_seen():
-    for color in (*style.SPARE_COLORS, *style.CYCLE, style.LEVEL): assert min(ratio(color, WHITE), ratio(color, DARK)) >= 3, color
+    for color in (*style.SPARE_COLORS, *style.CYCLE, style.LEVEL):
+        assert min(ratio(color, WHITE), ratio(color, DARK)) >= 3, color
 
 
 def test_what_is_drawn_has_the_full_colour():

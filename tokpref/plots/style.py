@@ -53,7 +53,7 @@ LOSS_STYLES: dict[str, tuple[str, str]] = {    # loss -> (colour, marker)
 
 SPARE_COLORS = ("#0072B2", "#D55E00", "#009E73", "#B07C00", "#C56C9C")    # for losses of your own
 _SPARE_MARKERS = "p*dH8"
-CYCLE = ("#0072B2", "#B07C00", "#008A61", "#D1342F", "#C56C9C")          # blue, orange, green, red, pink, for other series
+CYCLE = ("#0072B2", "#B07C00", "#008A61", "#D1342F", "#C56C9C")    # blue, orange, green, red, pink
 INK = "#333333"         # of text
 LEVEL = "#808080"       # of optima and other lines to compare with
 _GRID = "#E3E3E3"
