@@ -34,9 +34,11 @@ from tokpref.experiments.compare import (
     compare,
     comparison_figure,
     comparison_table,
+    equal_kl_figure,
     figures,
     find_task,
     held_out_metrics,
+    paired_difference,
     read_profiles,
     resolve_losses,
     sources,
@@ -709,6 +711,47 @@ def test_a_seed_draws_other_pairs_from_the_same_start(tmp_path, monkeypatch):
     )
     assert all(torch.equal(x, y) for x, y in zip(a.policy.parameters(), b.policy.parameters(), strict=True))
     assert len(list(tmp_path.glob("pairs-*"))) == 2 and len(list(tmp_path.iterdir())) == 6
+
+
+def made_up_record(height):
+    "Three losses and three seeds on straight paths; the optimum rises to `height` above the start."
+    def run(label, seed, slope, end):
+        history = [{"step": i, "kl": kl, "reward": 0.5 + slope * kl} for i, kl in enumerate((0.0, end / 2, end))]
+        return {"label": label, "seed": seed, "history": history, "metrics": history[-1], "seconds": 1, "peak_mb": 1}
+    runs = [run("dpo", seed, 0.05 + 0.01 * seed, 2.0) for seed in range(3)]
+    runs += [run("ipo", seed, 0.08 + 0.01 * seed, end) for seed, end in enumerate((1.0, 1.2, 0.4))]
+    runs += [run("simpo", seed, 0.005, 2.2) for seed in range(3)]
+    optimum = [[kl, 0.5 + height * (kl / 2) ** 0.5] for kl in (0.1, 0.5, 1.0, 2.0, 4.0)]
+    return {"task": "made-up", "profile": "none", "description": "paths", "runs": runs, "optimum": optimum,
+            "start": {"reward": 0.5, "kl": 0.0}, "value": "reward", "seeds": [0, 1, 2]}
+
+
+def test_a_far_optimum_stands_apart_and_covers_nothing():
+    for height, apart in ((0.2, False), (2.0, True)):
+        axes = comparison_figure(made_up_record(height), metric="reward").axes[0]
+        assert ("optimum" in {line.get_label() for line in axes.get_lines()}) != apart == bool(axes.child_axes)
+        least, most = axes.get_ylim()
+        assert most < 1.0 and all(least <= y <= most for line in axes.get_lines() for y in line.get_ydata())
+    corners = [(0.60, 0.13), (0.99, 0.13 + 0.33)]       # of the small panel, in the axes
+    (left, _), (_, top) = axes.transData.inverted().transform(axes.transAxes.transform(corners))
+    points = [point for line in axes.get_lines() for point in zip(*line.get_data(), strict=True)]
+    assert any(x >= left for x, _ in points) and all(y > top for x, y in points if x >= left)
+    (inset,) = axes.child_axes
+    assert max(inset.get_lines()[0].get_ydata()) > 2 * most and len(inset.get_lines()) > 2
+
+
+def test_gains_are_read_at_one_kl_with_their_interval():
+    "By hand: at KL 0.5 ipo is 0.03 x 0.5 above dpo with the two seeds that get there, so the interval has no width."
+    record = made_up_record(0.2)
+    bars = equal_kl_figure(record, 0.5).axes[1]
+    assert [text.get_text() for text in bars.get_yticklabels()] == ["ipo", "simpo"]
+    assert bars.patches[0].get_width() == pytest.approx(0.015)
+    assert "reward minus dpo's at KL 0.5" in bars.get_xlabel()
+    gain, half = paired_difference(record, "ipo", "dpo", 0.3)
+    drawn = equal_kl_figure(record, 0.3, against="ipo").axes[1]
+    assert drawn.patches[0].get_width() == pytest.approx(-gain) and half == pytest.approx(0, abs=1e-9)
+    with pytest.raises(ValueError, match="choose a smaller KL"): equal_kl_figure(record, 2.5)
+    with pytest.raises(ValueError, match="no finished run is called 'ppo'"): equal_kl_figure(record, 0.5, against="ppo")
 
 
 def test_all_seeds_share_the_labels_of_a_figure(tmp_path):
