@@ -168,7 +168,7 @@ def test_the_model_knows_what_the_capital_of_france_is(smol):
 @data
 @pytest.mark.parametrize("name, column, expected", [("imdb", "text", 74.42), ("gsm8k", "question", 19.70)])
 def test_the_perplexity_of_real_texts(smol, name, column, expected):
-    """Of the first 128 tokens of the first eight texts. One row of a wrong order of weights, and it is in the thousands.
+    """Of the first 128 tokens of the first eight texts. With rows of weights in a wrong order it is in the thousands.
 
     It depends on the texts: of fifty reviews, the first of the test split give 61.6, the first of the training split
     52.4, and every 500th of the test split 49.7; fifty questions give 16.1.
