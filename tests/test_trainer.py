@@ -530,7 +530,7 @@ def test_a_setting_without_effect_is_refused(tmp_path, settings, said):
 @pytest.mark.parametrize("settings, said", [
     (dict(learning_rate="fast"), "learning_rate must be a number, got 'fast'"),
     (dict(max_length=None), "max_length must be a whole number, got None"),
-    (dict(max_length=0), "max_length must be a positive number, got 0"),
+    (dict(max_length=0), "max_length must be from 1 to 2147483647, got 0"),
     (dict(max_steps=2.5), "max_steps must be a whole number, got 2.5"),
     (dict(max_steps=True), "max_steps must be a whole number, got True"),
     (dict(bf16="maybe"), "bf16 must be true or false, got 'maybe'"),

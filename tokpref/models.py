@@ -154,13 +154,19 @@ def loading_options(
 ) -> dict[str, Any]:            # what `from_pretrained` takes
     """Options for loading a model by name; `load_in_4bit` is QLoRA's NF4 with double quantisation.
 
-    Raises `ValueError` for a dtype that there is not, for quantisation asked for twice, and without bitsandbytes."""
+    Raises `ValueError` for a dtype that there is not, for a switch that is neither True nor False, for quantisation
+    asked for twice, and without bitsandbytes."""
     options = dict(settings or {})
     if isinstance(options.get("dtype"), str) and options["dtype"] != "auto":
         dtype = getattr(torch, options["dtype"].removeprefix("torch."), None)
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise ValueError(f"dtype must be float32, bfloat16, float16 or auto, got {options['dtype']!r}")
         options["dtype"] = dtype
+    if not isinstance(options.get("dtype"), torch.dtype | str | None):
+        raise ValueError(f"dtype must be float32, bfloat16, float16 or auto, got {options['dtype']!r}")
+    for name in ("trust_remote_code", "load_in_4bit", "load_in_8bit"):
+        if not isinstance(options.get(name, False), bool):      # the text "false" would count as true
+            raise ValueError(f"{name} must be True or False, got {options[name]!r}")
     bits = [name for name in ("load_in_4bit", "load_in_8bit") if options.pop(name, False)]
     if len(bits) + ("quantization_config" in options) > 1:
         raise ValueError("load_in_4bit, load_in_8bit and quantization_config exclude each other: leave two out")

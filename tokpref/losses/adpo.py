@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..checks import check_positive
+from ..checks import check_positive, shortened
 from .types import LossSpec, PairLoss, TokenStats, check_same_batch, nonempty_lengths
 
 # %% ../../nbs/derivations/06_adpo.ipynb #d2b221c9
@@ -36,7 +36,8 @@ def _check_granularity(window: int | None, segments: int | None) -> None:
                          f"got window={window!r} and segments={segments!r}")
     for name, value in (("window", window), ("segments", segments)):
         if value is not None and (type(value) is not int or value < 1):
-            raise ValueError(f"{name} must be a positive whole number, got {value!r}")
+            raise ValueError(f"{name} must be a positive whole number, got {shortened(value)}")
+        if value is not None and value >= 2**31: raise ValueError(f"{name} must be below 2**31, got {shortened(value)}")
 
 # %% ../../nbs/derivations/06_adpo.ipynb #b2cf7271
 def _units(

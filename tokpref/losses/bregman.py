@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..checks import check_known, check_positive, check_unused
+from ..checks import check_known, check_positive, check_unused, is_number, shortened
 from .types import LossSpec, PairLoss, TokenStats, check_same_batch
 
 # %% ../../nbs/derivations/03_bregman.ipynb #66a82ca8
@@ -73,8 +73,8 @@ def bregman_risk(
     """
     check_generator(generator)
     reads, member = GENERATORS[generator].reads, GENERATORS[generator].member
-    if "lam" in reads and not (isinstance(lam, (int, float)) and -1 < lam < math.inf):
-        raise ValueError(f"lam must be a number above -1, got {lam!r}")
+    if "lam" in reads and not (is_number(lam) and -1 < lam < math.inf):
+        raise ValueError(f"lam must be a number above -1, got {shortened(lam)}")
     if "scale" in reads: check_positive("scale", scale)
     z = widen(log_ratio)
     if member is None: return F.softplus(z)

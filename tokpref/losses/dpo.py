@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..checks import check_known, check_not_negative, check_positive, check_unused
+from ..checks import check_known, check_not_negative, check_positive, check_unused, is_number, shortened
 from .types import LossSpec, PairLoss, TokenStats, check_same_batch, nonempty_lengths
 
 # %% ../../nbs/derivations/02_dpo.ipynb #b8789a42
@@ -43,8 +43,8 @@ def _check_divergence(f_divergence: str, alpha: float) -> None:
     check_known("f_divergence", f_divergence, DIVERGENCES)
     reads_alpha = f_divergence == "alpha"
     check_unused(reads_alpha, f"f_divergence is {f_divergence!r}, only 'alpha' reads it", alpha=(alpha, 0.5))
-    if not (isinstance(alpha, (int, float)) and math.isfinite(alpha)):
-        raise ValueError(f"alpha must be a finite number, got {alpha!r}")
+    if not (is_number(alpha) and math.isfinite(alpha)):
+        raise ValueError(f"alpha must be a finite number, got {shortened(alpha)}")
     if alpha == 1:
         raise ValueError("alpha=1 is singular: its limit is the reverse KL, so use f_divergence='reverse_kl'")
 
@@ -87,6 +87,7 @@ def ipo_loss(
     """
     check_same_batch(chosen, rejected)
     check_positive("beta", beta)
+    if not isinstance(average, bool): raise ValueError(f"average must be True or False, got {shortened(average)}")
     chosen_delta = chosen.log_ratio.sum(-1)
     rejected_delta = rejected.log_ratio.sum(-1)
     if average:

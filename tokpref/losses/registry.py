@@ -48,7 +48,7 @@ def check_loss(name: str, options: dict) -> LossSpec:
     ones = torch.ones(2, 2)
     made_up = TokenStats(-ones, -ones, ones.bool(), kl=ones, baseline=ones, entropy=ones, reverse_kl=ones)
     try: found = spec(made_up, made_up, **options)
-    except (AttributeError, TypeError, RuntimeError) as error:
+    except (AttributeError, ArithmeticError, TypeError, RuntimeError) as error:
         raise ValueError(f"{name!r} fails on two made-up rows ({error}): mend it, "
                          "and say in its LossSpec which statistics it reads, such as entropy=True") from error
     if isinstance(found, PairLoss) and found.losses.shape == (2,): return spec

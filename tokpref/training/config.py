@@ -20,8 +20,11 @@ from torch.utils.data import IterableDataset
 from transformers import TrainingArguments
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 
-from ..checks import check_positive, did_you_mean
+from ..checks import check_known, did_you_mean, shortened
+from ..data.tokens import check_lengths
 from ..losses.registry import LossSpec, check_loss
+from ..models import loading_options
+from .limits import check_folder, check_values, in_one_line
 from .trl import dictionary, from_trl
 
 # %% ../../nbs/library/training/00_config.ipynb #a39c540f
@@ -90,10 +93,12 @@ class PreferenceConfig(TrainingArguments):
 
     def __post_init__(self):
         check_types(self)
+        check_values(self)
         check_launcher(self.deepspeed)
-        super().__post_init__()
+        in_one_line(super().__post_init__)
         for name in ("loss_options", "chat_template_kwargs", "model_init_kwargs"):
             setattr(self, name, dictionary(name, getattr(self, name)))
+        loading_options(self.model_init_kwargs)
         check_settings(self, check_loss(self.loss, self.options))
 
     @property
@@ -130,6 +135,24 @@ def check_launcher(deepspeed: Any) -> None:
                          "(accelerate launch --use_fsdp --fsdp_version 2), for whole ones with torchrun")
 
 
+def _check_reports(names: Any) -> None:
+    "Raise `ValueError` for a place to report to that nobody knows, or that is not installed here."
+    here = get_available_reporting_integrations()
+    for name in names or ():
+        check_known("report_to", name, sorted({"all", "none", *_REPORTERS, *here}))
+        if name in _REPORTERS and name not in here:
+            raise ValueError(f"report_to: {name} is not installed here: install it, or set report_to to none")
+
+
+def _check_folders(args: Any) -> None:
+    "Raise `ValueError` for a folder to write that can't be written, or one to go on from that is not there."
+    for name in ("output_dir", "ref_cache"):
+        if getattr(args, name) is not None: check_folder(name, getattr(args, name))
+    start = args.resume_from_checkpoint
+    if start is not None and not os.path.isdir(start):
+        raise ValueError(f"resume_from_checkpoint={start!r} is no folder: name one of the folders checkpoint-N")
+
+
 def _check_sync(args: Any, spec: LossSpec, changed: Callable[[str], bool]) -> None:
     "Raise `ValueError` for settings of a reference that moves which can't be followed or would do nothing."
     for name in ("ref_model_mixup_alpha", "ref_model_sync_steps"):
@@ -149,11 +172,9 @@ def _check_sync(args: Any, spec: LossSpec, changed: Callable[[str], bool]) -> No
 def check_settings(args: "PreferenceConfig", spec: LossSpec) -> None:
     "Raise `ValueError` for settings that can't be followed or would do nothing."
     defaults = {field.name: field.default for field in dataclasses.fields(PreferenceConfig)}
-    check_positive("max_length", args.max_length)
-    not_here = _REPORTERS - set(get_available_reporting_integrations())
-    missing = [name for name in args.report_to or () if name in not_here]
-    if missing:
-        raise ValueError(f"report_to: {missing[0]} is not installed here: install it, or set report_to to none")
+    check_lengths(args.max_length, args.max_prompt_length)
+    _check_reports(args.report_to)
+    _check_folders(args)
     def changed(name: str) -> bool: return getattr(args, name) not in (defaults[name], None, [])
 
     for name in ("token_budget", "chunk_size", "workspace"):
@@ -179,6 +200,8 @@ def check_settings(args: "PreferenceConfig", spec: LossSpec) -> None:
         if name in defaults and changed(name):
             raise ValueError(f"{name} would be ignored: evaluation keeps no predictions, only sums")
     _check_sync(args, spec, changed)
+    if args.eval_steps is not None and args.eval_strategy != "steps":
+        raise ValueError(f"eval_steps={args.eval_steps} would be ignored: set eval_strategy='steps'")
     for name in ("baseline_width", "baseline_learning_rate"):
         if not spec.baseline and changed(name):
             raise ValueError(f"{name} would be ignored: {args.loss!r} has no baseline head, 'tbpo_q' has")
@@ -209,9 +232,9 @@ def _as(kinds: tuple, value: Any) -> Any:
     if bool in kinds and isinstance(value, bool): return value
     if str in kinds and isinstance(value, str): return value
     if not (int in kinds or float in kinds) or isinstance(value, bool): raise TypeError
-    plain: Any = value
-    try: number = float(plain)
-    except (TypeError, ValueError): raise TypeError from None
+    if not isinstance(value, numbers.Real | str): raise TypeError
+    try: number = float(value)
+    except (ValueError, OverflowError): raise TypeError from None
     if float in kinds: return value if isinstance(value, numbers.Real) else number
     if not number.is_integer(): raise TypeError
     return value if isinstance(value, numbers.Integral) else int(number)
@@ -229,5 +252,6 @@ def check_types(args: "PreferenceConfig") -> None:
         try: fitting = _as(kinds, value)
         except TypeError:
             wanted = " or ".join(names[kind] for kind in kinds)
-            raise ValueError(f"{field.name} must be {wanted}, got {value!r}") from None
+            raise ValueError(f"{field.name} must be {wanted}, got {shortened(value)}") from None
+        if "\0" in str(fitting): raise ValueError(f"{field.name} holds a zero byte: take it out of {fitting!r}")
         if fitting is not value: setattr(args, field.name, fitting)

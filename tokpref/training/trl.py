@@ -74,10 +74,18 @@ _TRL_DIVERGENCES = {"reverse_kl": "reverse_kl", "forward_kl": "forward_kl", "js_
                     "alpha_divergence": "alpha"}
 
 # %% ../../nbs/library/training/04_trl.ipynb #31514715
+def _once(name: str, pairs: list[tuple[str, Any]]) -> dict:
+    "Names and values of a JSON dictionary. Raises `ValueError` for a name that comes twice."
+    found = dict(pairs)
+    twice = next((key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i])), None)
+    if twice is not None: raise ValueError(f"{name} has {twice!r} twice: leave one out")
+    return found
+
+
 def dictionary(name: str, value: dict | str | None) -> dict | None:
     "A setting that is a dictionary, or one written as JSON. Raises `ValueError` for anything else."
     if isinstance(value, str):
-        try: value = json.loads(value)
+        try: value = json.loads(value, object_pairs_hook=lambda pairs: _once(name, pairs))
         except json.JSONDecodeError: pass
     if value is None or isinstance(value, dict): return value
     raise ValueError(f'{name} takes a dictionary, or one as JSON such as {{"a": 1}}; got {value!r}')
