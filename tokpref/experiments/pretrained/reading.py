@@ -8,6 +8,7 @@ __all__ = ['PAIR_COLUMNS', 'ENDINGS', 'results_folder', 'stored_result', 'pair_t
 
 # %% ../../../nbs/experiments/pretrained/05_reading.ipynb #5d281ac5
 import os
+import re
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -105,11 +106,14 @@ def answers_shown(
     prompts: int = 2,       # how many of the kept ones
     width: int = 100,       # letters of an answer that are shown
 ) -> str:                   # one line an answer
-    "What the start and every loss, with its first seed, answered to the same prompts; cut-off answers end in `...`."
+    """What the start and every loss, with its first seed, answered to the same prompts; cut-off answers end in `...`.
+
+    Of a chat the marks between turns are left out, and of a long prompt the beginning."""
     runs = {run["label"]: run for run in reversed(record["runs"]) if run.get("answers")}
     lines = []
     for i, first in enumerate(record.get("answers", [])[:prompts]):
-        lines.append(f"{first['prompt'].strip()!r}")
+        prompt = " ".join(re.sub(r"<\|[^|>]*\|>", " ", first["prompt"]).split())
+        lines.append(prompt if len(prompt) <= width else f"... {prompt[-width:]}")
         both = [("start", first), *[(label, run["answers"][i]) for label, run in reversed(runs.items())]]
         for label, row in both:
             text = " ".join(row["answer"].split())
