@@ -9,12 +9,19 @@ Printed, as one line of JSON at the end:
 - body: policy forward and backward and reference forward of one packed row, and nothing else;
 - dpo_8, dpo_32: a step of DPO on 8 and on 32 pairs; tdpo2_8: a step of TDPO2 on 8;
 - trl_8: TRL's DPO step on the same 8 pairs, where TRL is installed (see benchmarks/README.md);
-- waits_8: how often a step of DPO asks the device for a number, besides the one copy that its plan needs.
+- waits_8: how often a step of DPO asks the device for a number, besides the one copy that its plan needs;
+- compiled_body, compiled_8 (only with --compiled, which takes a C++ compiler and a minute): `body` and `dpo_8` with
+  compiled layers. Inductor's code for a layer is read, and its calls are counted: products, fused loops, attention.
+
+`--out FILE` writes them to a file too.
 """
+import argparse
 import contextlib
+import copy
 import functools
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,10 +31,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch  # noqa: E402
 import workloads  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
+from torch._inductor.utils import run_and_get_code  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes  # noqa: E402
 
 from tokpref import LOSSES  # noqa: E402
 from tokpref.engine import attention, gradients, in_place, kernels, one_pass, packing, trial  # noqa: E402
+from tokpref.models import compile_layers  # noqa: E402
 
 PEERS = Path(os.environ.get("TOKPREF_PEERS") or Path(sys.prefix) / "peers")
 FREE = {
@@ -153,7 +162,27 @@ def trl(counter: list[Launches]) -> int | None:
     return counted(step, policy, counter).count
 
 
-def main() -> dict[str, int | None]:
+def compiled_layer(policy: nn.Module, reference: nn.Module, batch: dict) -> int:
+    "Launches of one layer: of both models' forward pass and the policy's backward pass, as Inductor wrote them."
+    for model in (policy, reference): compile_layers(model, fullgraph=True)
+    _, programs = run_and_get_code(lambda: body(policy, reference, batch)().backward())
+    if len(programs) != 3: raise RuntimeError(f"{len(programs)} programs for all layers, where three were expected")
+    calls = r"^ +(?:\w+ = )?(?:extern_kernels\.\w+|cpp_fused\w*|torch\.ops\.tokpref\.\w+\.default)\("
+    return sum(len(re.findall(calls, program, re.MULTILINE)) for program in programs)
+
+
+def compiled_counts(counts: dict, counter: list[Launches]) -> dict[str, int]:
+    "The same steps with compiled layers; what stands around the layers stays."
+    policy, reference, batch = models_and_batch("launches")
+    layers, shorter = policy.config.num_hidden_layers, copy.deepcopy([policy, reference])
+    for model in shorter: del model.model.layers[layers // 2:]
+    half = counted(body(*shorter, batch), shorter[0], counter).count
+    plain = (counts["body"] - half) // (layers - layers // 2)
+    saved = layers * (plain - compiled_layer(policy.bfloat16(), reference.bfloat16(), batch))
+    return {"compiled_body": counts["body"] - saved, "compiled_8": counts["dpo_8"] - saved}
+
+
+def main(compiled: bool = False) -> dict[str, int | None]:
     counter: list[Launches] = []
     with way_of_a_gpu(counter):
         policy, reference, batch = models_and_batch("launches")
@@ -161,8 +190,15 @@ def main() -> dict[str, int | None]:
         dpo = own("dpo", "launches", counter)
         counts |= {"dpo_8": dpo.count, "dpo_32": own("dpo", "launches-32", counter).count,
                    "tdpo2_8": own("tdpo2", "launches", counter).count}
+    with way_of_a_gpu([]): counts |= compiled_counts(counts, counter) if compiled else {}
     return counts | {"trl_8": trl(counter), "waits_8": dpo.waits}
 
 
 if __name__ == "__main__":
-    print(json.dumps(main()))
+    parser = argparse.ArgumentParser(description="Launches of a training step on a GPU, counted on a CPU.")
+    parser.add_argument("--compiled", action="store_true", help="count steps with compiled layers too")
+    parser.add_argument("--out", type=Path, help="write the counts to this file too")
+    args = parser.parse_args()
+    result = json.dumps(main(args.compiled))
+    if args.out: args.out.write_text(result + "\n", encoding="utf-8")
+    print(result)

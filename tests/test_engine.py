@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -36,7 +37,7 @@ from tokpref.engine.head import Head
 from tokpref.engine.in_place import Wants
 from tokpref.engine.packing import LAYOUTS, pack_pairs, pack_rows, split_by_tokens
 from tokpref.engine.trial import choose_layout, packing_obstacle, takes_segments
-from tokpref.models import disable_dropout
+from tokpref.models import compile_layers, disable_dropout
 
 SMALL = dict(
     hidden_size=16,
@@ -832,6 +833,42 @@ def test_a_compiled_model_keeps_the_fast_ways(family, side):
     close([p.grad for p in model.parameters()], expected, 1e-6)
     assert engine.engine_obstacles(compiled, ref_compiled, batch, LOSSES["tdpo2"]) == {
         "one_pass": None, "shared_prompt": None}
+
+
+def batch_of(lengths: list[tuple[int, int, int]]) -> dict:
+    "A batch of pairs with so many tokens in prompt, chosen and rejected."
+    generator = torch.Generator().manual_seed(len(lengths))
+    draw = lambda n: torch.randint(3, 41, (n,), generator=generator)
+    prompts = [draw(prompt) for prompt, _, _ in lengths]
+    sides = [[(p, torch.cat([p, draw(sizes[side])])) for p, sizes in zip(prompts, lengths, strict=True)] for side in (1, 2)]
+    rows = [pair for side in sides for pair in side]
+    fill = lambda xs: torch.nn.utils.rnn.pad_sequence(xs, batch_first=True)
+    return {
+        "input_ids": fill([ids for _, ids in rows]),
+        "attention_mask": fill([torch.ones_like(ids) for _, ids in rows]),
+        "completion_mask": fill([(torch.arange(len(ids)) >= len(p)).long() for p, ids in rows]),
+    }
+
+
+@pytest.mark.parametrize("how", ["plain", "with an adapter and checkpoints"])
+def test_compiled_layers_attend_in_branches(how, monkeypatch):
+    "The way of a GPU: a layer is one graph, for all layers and lengths the same ones, and the numbers stay."
+    monkeypatch.setattr(trial, "BRANCHES_ON_CPU", True)
+    model, ref_model = make("Llama"), make("Llama", 1).requires_grad_(False)
+    if how != "plain":
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)).double().train()
+    weights = [p for p in model.parameters() if p.requires_grad]
+    batches = [batch_of(n) for n in ([(4, 3, 2), (6, 5, 4), (3, 2, 6)], [(9, 2, 3), (5, 8, 2)], [(3, 4, 4)] * 4)]
+    wanted = [fast("tdpo2", model, ref_model, batch, weights) for batch in batches]
+    graphs = CompileCounterWithBackend("aot_eager")
+    for m in (model, ref_model): compile_layers(m, backend=graphs, fullgraph=True)
+    counts = []
+    for batch, expected in zip(batches, wanted, strict=True):
+        assert choose_layout([model, ref_model], batch) == "branches"
+        close(fast("tdpo2", model, ref_model, batch, weights), expected, 1e-9)
+        counts.append(graphs.frame_count)
+    assert counts[0] == counts[-1] and 0 < counts[0] <= 4, counts
 
 
 # Noise on embeddings, mixtures of experts

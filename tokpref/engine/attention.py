@@ -9,7 +9,7 @@ __all__ = ['Bounds', 'PACKED_ATTENTION', 'takes_flex', 'attention_windows', 'fle
 # %% ../../nbs/library/engine/07_attention.ipynb #6ffe4e3a
 import contextlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -92,7 +92,7 @@ def segment_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tens
     return torch.cat(outputs, 1)
 
 # %% ../../nbs/library/engine/07_attention.ipynb #2cc615c7
-Bounds = tuple[Tensor, Tensor]      # where the sequences of the queries, and those of the keys, begin and end: int32
+Bounds = Sequence[Tensor]       # where the sequences of the queries, and those of the keys, begin and end: two int32
 
 
 def _plain_scores(query: Tensor, key: Tensor, causal: bool, scale: float) -> Tensor:
@@ -110,12 +110,19 @@ def _sequences(bounds: Bounds) -> Iterator[tuple[slice, slice]]:
         if b > a and d > c: yield slice(a, b), slice(c, d)
 
 
+def _empty_result(query: Tensor) -> tuple[Tensor, Tensor]:
+    "Where output [n, heads, d] and log-sum-exp [heads, n] go."
+    kind = torch.promote_types(query.dtype, torch.float32)
+    return query.new_empty(query.shape), query.new_empty(query.shape[1::-1], dtype=kind)
+
+
 def _plain_forward(
     query: Tensor, key: Tensor, value: Tensor, bounds: Bounds, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
     "Output [n, heads, d] and log-sum-exp [heads, n], sequence by sequence: what a GPU does in one call."
-    out = torch.zeros_like(query)
-    lse = query.new_full(query.shape[1::-1], -torch.inf)
+    out, lse = _empty_result(query)
+    out.zero_()
+    lse.fill_(-torch.inf)
     for rows, columns in _sequences(bounds):
         products = _plain_scores(query[rows], key[columns], causal, scale)
         own = value[columns].repeat_interleave(query.shape[1] // value.shape[1], 1)
@@ -129,11 +136,11 @@ def _plain_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     "Gradients of queries, keys and values, given output and log-sum-exp over all keys, those of other calls too."
-    grads = torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
+    grads = query.new_zeros(query.shape), key.new_zeros(key.shape), value.new_zeros(value.shape)
     groups = query.shape[1] // key.shape[1]
     def by_kv_head(x: Tensor) -> Tensor: return x.unflatten(0, (-1, groups)).sum(1).transpose(0, 1)
     for rows, columns in _sequences(bounds):
-        p = (_plain_scores(query[rows], key[columns], causal, scale) - lse[:, rows, None]).exp()
+        p = (_plain_scores(query[rows], key[columns], causal, scale) - lse[:, rows, None]).exp().to(query.dtype)
         g = grad[rows].transpose(0, 1)
         wide_key = key[columns].repeat_interleave(groups, 1).transpose(0, 1)
         wide_value = value[columns].repeat_interleave(groups, 1).transpose(0, 1)
@@ -146,24 +153,50 @@ def _plain_backward(
 
 # %% ../../nbs/library/engine/07_attention.ipynb #bde03a40
 def _forward_call(
-    query: Tensor, key: Tensor, value: Tensor, bounds: Bounds, longest: tuple[int, int], causal: bool, scale: float
+    query: Tensor, key: Tensor, value: Tensor, bounds: Sequence[Tensor],
+    longest: Sequence[int], causal: bool, scale: float,
 ) -> tuple[Tensor, Tensor]:
     "Output and log-sum-exp of one call over many sequences."
     if not query.is_cuda: return _plain_forward(query, key, value, bounds, causal, scale)
     forward = torch.ops.aten._flash_attention_forward
     out, lse, *_ = forward(query, key, value, *bounds, *longest, 0.0, causal, False, scale=scale)
-    return out, lse
+    return out.contiguous(), lse.contiguous()
 
 
 def _backward_call(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, bounds: Bounds,
-    longest: tuple[int, int], causal: bool, scale: float,
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor,
+    bounds: Sequence[Tensor], longest: Sequence[int], causal: bool, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     "Gradients of one call over many sequences."
     if not query.is_cuda: return _plain_backward(grad, query, key, value, out, lse, bounds, causal, scale)
     random_state = torch.empty(2, dtype=torch.uint64, device=query.device)      # of dropout, of which there is none
-    return torch.ops.aten._flash_attention_backward(grad, query, key, value, out, lse, *bounds, *longest, 0.0, causal,
-                                                    random_state, random_state, scale=scale)
+    dq, dk, dv = torch.ops.aten._flash_attention_backward(grad, query, key, value, out, lse, *bounds, *longest, 0.0,
+                                                          causal, random_state, random_state, scale=scale)
+    return dq.contiguous(), dk.contiguous(), dv.contiguous()
+
+# %% ../../nbs/library/engine/07_attention.ipynb #e2a94b07
+_forward_operation = torch.library.custom_op("tokpref::attention_forward", _forward_call, mutates_args=())
+_backward_operation = torch.library.custom_op("tokpref::attention_backward", _backward_call, mutates_args=())
+
+
+@_forward_operation.register_fake
+def _forward_shapes(query, key, value, bounds, longest, causal, scale):
+    return _empty_result(query)
+
+
+@_backward_operation.register_fake
+def _backward_shapes(grad, query, key, value, out, lse, bounds, longest, causal, scale):
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+
+
+def _forward(*inputs) -> tuple[Tensor, Tensor]:
+    "`_forward_call`; inside a compiled layer as one operation."
+    return (_forward_operation if torch.compiler.is_compiling() else _forward_call)(*inputs)
+
+
+def _backward(*inputs) -> tuple[Tensor, Tensor, Tensor]:
+    "`_backward_call`; inside a compiled layer as one operation."
+    return (_backward_operation if torch.compiler.is_compiling() else _backward_call)(*inputs)
 
 # %% ../../nbs/library/engine/07_attention.ipynb #7a254457
 class _Branches(torch.autograd.Function):
@@ -173,10 +206,10 @@ class _Branches(torch.autograd.Function):
     def forward(ctx, query, key, value, table, longest, longest_tail, head, scale):
         own, tail, shared = _bounds(table)
         ctx.numbers = longest, longest_tail, head, scale
-        out, lse = _forward_call(query, key, value, (own, own), (longest, longest), True, scale)
+        out, lse = _forward(query, key, value, (own, own), (longest, longest), True, scale)
         if 0 < head < len(query):
             rectangles = (tail, shared), (longest_tail, longest), False, scale
-            other, other_lse = _forward_call(query[head:], key[:head], value[:head], *rectangles)
+            other, other_lse = _forward(query[head:], key[:head], value[:head], *rectangles)
             total = torch.logaddexp(lse[:, head:], other_lse)
             share = (other_lse - total).exp().T[..., None]
             out[head:] = torch.lerp(out[head:].to(share.dtype), other.to(share.dtype), share)
@@ -190,12 +223,12 @@ class _Branches(torch.autograd.Function):
         own, tail, shared = _bounds(table)
         longest, longest_tail, head, scale = ctx.numbers
         grad = grad.contiguous()
-        dq, dk, dv = _backward_call(grad, query, key, value, out, lse, (own, own), (longest, longest), True, scale)
+        dq, dk, dv = _backward(grad, query, key, value, out, lse, (own, own), (longest, longest), True, scale)
         if 0 < head < len(query):
             rectangles = (tail, shared), (longest_tail, longest), False, scale
             lse_tail = lse[:, head:].contiguous()
             tails = grad[head:], query[head:], key[:head], value[:head], out[head:], lse_tail
-            more = _backward_call(*tails, *rectangles)
+            more = _backward(*tails, *rectangles)
             dq[head:] += more[0]
             dk[:head] += more[1]
             dv[:head] += more[2]

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['host_batch', 'Responses', 'response_positions', 'Grid', 'row_grid', 'moved', 'counts_itself', 'right_padded',
-           'as_counted', 'model_inputs', 'catch_hidden', 'run_for_states', 'Features', 'full_logits_reason',
+           'on_the_right', 'model_inputs', 'catch_hidden', 'run_for_states', 'Features', 'full_logits_reason',
            'auxiliary_loss', 'features', 'reference_features']
 
 # %% ../../nbs/library/engine/01_forward.ipynb #30558cff
@@ -139,7 +139,7 @@ def counts_itself(model: nn.Module, ids: Tensor) -> bool:
     _own_way[base] = placed is None or differ(placed, own)
     return _own_way[base]
 
-
+# %% ../../nbs/library/engine/01_forward.ipynb #3fb48955
 def right_padded(batch: dict) -> dict:
     """The same rows with their padding on the right.
 
@@ -154,24 +154,23 @@ def right_padded(batch: dict) -> dict:
     return {name: x for name, x in batch.items() if name != "position_ids"} | rolled
 
 
-def as_counted(batch: dict, *models: nn.Module | None) -> dict:
-    "The batch as these models want it: padded on the right where one of them counts positions in its own way."
-    own = [counts_itself(model, batch["input_ids"]) for model in models if model is not None]
-    return right_padded(batch) if any(own) else batch
+def on_the_right(batch: dict) -> tuple[dict, dict]:
+    "The batch with its padding on the right, and its ids and masks on the CPU."
+    here = host_batch(batch)
+    if here["attention_mask"][:, 0].all(): return batch, here
+    return right_padded(batch), right_padded(here)
 
-
-def model_inputs(base: nn.Module, batch: dict) -> dict:
+# %% ../../nbs/library/engine/01_forward.ipynb #8dabf3aa
+def model_inputs(model: nn.Module, batch: dict) -> dict:
     "The arguments of a forward pass: ids, mask, and position ids that start at the first real token."
-    mask = batch["attention_mask"]
-    inputs = dict(input_ids=batch["input_ids"], attention_mask=mask)
-    accepts = inspect.signature(type(base).forward).parameters
-    if "position_ids" in accepts and not _own_way.get(base):
-        known = batch.get("position_ids")
-        inputs["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0) if known is None else known
-    if "use_cache" in accepts: inputs["use_cache"] = False
-    return inputs
+    ids, mask, places = batch["input_ids"], batch["attention_mask"], batch.get("position_ids")
+    inputs = dict(input_ids=ids, attention_mask=mask)
+    if not counts_itself(model, ids):
+        inputs["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0) if places is None else places
+    accepts = inspect.signature(type(base_model(model)).forward).parameters
+    return inputs | ({"use_cache": False} if "use_cache" in accepts else {})
 
-
+# %% ../../nbs/library/engine/01_forward.ipynb #b1ac0803
 @contextlib.contextmanager
 def catch_hidden(base: nn.Module) -> Iterator[list[Tensor]]:
     "A list that receives the decoder's last hidden state [R, L, H] whenever the model runs inside."
@@ -224,7 +223,7 @@ class Features(NamedTuple):
         "V."
         return self.states.shape[1] if self.head is None else self.head.weight.shape[0]
 
-
+# %% ../../nbs/library/engine/01_forward.ipynb #fb3426df
 _log = logging.getLogger(__name__)
 _doubts: "weakref.WeakKeyDictionary[nn.Module, str | None]" = weakref.WeakKeyDictionary()     # None: tried, and well
 _told: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
@@ -241,7 +240,7 @@ def _doubt(head: Head, hidden: Tensor | None, own: Tensor) -> str | None:
     if hidden.shape[-1] != head.weight.shape[1]: return "its last states are of another size than its output head takes"
     return None if head_agrees(head, hidden, own) else "its logits are not what its output head makes of its states"
 
-
+# %% ../../nbs/library/engine/01_forward.ipynb #5c31b14d
 def auxiliary_loss(base: nn.Module, out: Any) -> Tensor | None:
     """What a mixture of experts adds to its loss so that its router uses all experts, where its settings ask for it.
 
@@ -257,7 +256,7 @@ def auxiliary_loss(base: nn.Module, out: Any) -> Tensor | None:
     raise ValueError(f"output_router_logits=True asks for an auxiliary loss, which {type(base).__name__} does not "
                      "give: set model.config.output_router_logits = False")
 
-
+# %% ../../nbs/library/engine/01_forward.ipynb #cfcf3fed
 def features(
     model: nn.Module,                       # any causal LM of transformers, wrappers included
     batch: dict,                            # what it runs on
@@ -266,7 +265,7 @@ def features(
     "One forward pass, and what the model says at N positions."
     check_language_model(model)
     base, (rows, columns) = base_model(model), positions
-    inputs, length = model_inputs(base, batch), batch["input_ids"].shape[1]
+    inputs, length = model_inputs(model, batch), batch["input_ids"].shape[1]
     head = split_head(model) if _doubts.get(base) is None else None
     if head is not None:
         hidden, out = run_for_states(model, inputs)

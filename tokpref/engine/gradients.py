@@ -97,7 +97,7 @@ def gradient_now(
     chunk_gradient(probs, ref_probs, at.targets, grad_logps, grad_kl)
     yield slice(None), _to_linear(work, probs)
 
-
+# %% ../../nbs/library/engine/04_gradients.ipynb #2fc2c0e0
 def piece_rows(work: Workspace) -> int:
     "How many positions to take at once where logits are computed a second time."
     if isinstance(work, kernels.KernelWorkspace) or not on_cpu(work.device): return work.chunk

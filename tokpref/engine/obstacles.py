@@ -43,7 +43,7 @@ def _difference(pairs: PairFeatures, loss: Callable, wants: Wants) -> float:
     shares = ((a - b).abs().max() / b.abs().max().clamp(min=floor) for a, b, floor in zip(*runs, floors, strict=False))
     return max(share.item() for share in shares)
 
-
+# %% ../../nbs/library/engine/10_obstacles.ipynb #47474c5b
 def _one_pass_obstacle(model: nn.Module, ref_model: nn.Module | None, batch: dict, loss: Callable, wants: Wants,
                        **inputs) -> str | None:
     "Whether loss and gradients of a batch change when they are taken in one pass, a pair at a time."
@@ -58,7 +58,7 @@ def _one_pass_obstacle(model: nn.Module, ref_model: nn.Module | None, batch: dic
     low = states.dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled(states.device.type)
     return None if worst < (5e-2 if low else 1e-3) else f"loss or gradients differ by {worst:.1g} of the largest"
 
-
+# %% ../../nbs/library/engine/10_obstacles.ipynb #94fe5932
 def engine_obstacles(
     model: nn.Module,                       # the policy
     ref_model: nn.Module | None,            # the reference, as for `pair_loss`

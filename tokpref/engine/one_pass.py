@@ -22,9 +22,8 @@ from torch import Tensor, nn
 from ..losses.registry import mixes_pairs
 from ..losses.types import LossSpec, PairLoss, TokenStats
 from ..models import base_model
-from . import forward
 from .attention import packed_attention, packed_inputs
-from .forward import Features, Grid, features, host_batch, moved, reference_features, response_positions, row_grid
+from .forward import Features, Grid, features, moved, on_the_right, reference_features, response_positions, row_grid
 from .gradients import Attach, GradientSums, add_gradients, add_gradients_again, make_workspace
 from .in_place import Positions, Wants, Workspace
 from .packing import Packed, pack_pairs
@@ -161,7 +160,7 @@ class BatchLoss(NamedTuple):
     chosen: TokenStats          # statistics [B, T], detached
     rejected: TokenStats        # statistics [B, T], detached
 
-
+# %% ../../nbs/library/engine/09_one_pass.ipynb #f88b23fa
 class PairFeatures(NamedTuple):
     "What the models say of B pairs, at N positions in the order chosen 0, rejected 0, chosen 1, ..."
 
@@ -175,7 +174,7 @@ class PairFeatures(NamedTuple):
         "From flat lists to chosen and rejected rows."
         return moved(row_grid(self.lengths, [0, 1] * (len(self.lengths) // 2)), self.targets.device)
 
-
+# %% ../../nbs/library/engine/09_one_pass.ipynb #c142ef70
 def loss_of_features(
     pairs: PairFeatures,
     loss: Callable,                     # (chosen, rejected) -> PairLoss
@@ -214,7 +213,6 @@ class Layout(NamedTuple):
     targets: Tensor                     # [N] token ids
     positions: tuple[Tensor, Tensor]    # [N] row and column, in what the model runs on, of the state that predicts it
     packed: Packed | None               # what the models run on; None: the batch as it is
-    rolled: bool = False                # the batch with its padding on the right
 
 
 def _layout(batch: dict, packed: Packed | None = None) -> Layout:
@@ -236,21 +234,22 @@ _log = logging.getLogger(__name__)
 _told: set[str] = set()
 
 
-def plan(batch: dict, models: list[nn.Module], shared_prompt: bool | None) -> Layout:
-    "Where everything goes, as packed pairs if that is asked for and can be. An accelerator is waited for only once."
-    device, here = batch["input_ids"].device, host_batch(batch)
-    pairs_of(len(here["input_ids"]))
+def plan(batch: dict, models: list[nn.Module], shared_prompt: bool | None) -> tuple[dict, Layout]:
+    """The batch with its padding on the right, and where everything goes.
+
+    That is packed pairs, if they are asked for and all models can take them. An accelerator is waited for only once.
+    """
+    pairs_of(len(batch["input_ids"]))
+    (batch, here), device = on_the_right(batch), batch["input_ids"].device
     why = None if shared_prompt is False else sharing_obstacle(batch, models)
     if why and shared_prompt: raise ValueError(why)
     if why and why not in _told:
         _told.add(why)
         _log.warning("%s; each response runs with its own prompt", why)
-    if shared_prompt is False or why:
-        left = not bool(here["attention_mask"][:, 0].all())
-        return moved(_layout(forward.right_padded(here) if left else here), device)._replace(rolled=left)
+    if shared_prompt is False or why: return batch, moved(_layout(here), device)
     hidden_size = base_model(models[0]).config.get_text_config().hidden_size
     packed = pack_pairs(here, hidden_size, choose_layout(models, batch, here))
-    return moved(_layout(here, packed), device)
+    return batch, moved(_layout(here, packed), device)
 
 # %% ../../nbs/library/engine/09_one_pass.ipynb #9f9ba881
 def known_values(batch: dict, layout: Layout, run_reference: bool) -> dict[str, Tensor]:
@@ -261,7 +260,7 @@ def known_values(batch: dict, layout: Layout, run_reference: bool) -> dict[str, 
         known["ref_logps"] = batch["ref_logps"][layout.source[0], layout.ordinal]
     return known
 
-
+# %% ../../nbs/library/engine/09_one_pass.ipynb #44cfd457
 def pair_features(
     model: nn.Module,                       # as for `pair_loss`
     ref_model: nn.Module | None,
@@ -273,12 +272,10 @@ def pair_features(
     shared_prompt: bool | None = None,
 ) -> PairFeatures:
     "One forward pass of the reference, if it is needed, and one of the policy."
-    models = [m for m in (model, ref_model) if m is not None]
-    batch = forward.as_counted(batch, *models)
-    layout = plan(batch, models, shared_prompt)
-    if layout.rolled: batch = forward.right_padded(batch)
-    packed = layout.packed
     run_reference = wants.both or (needs_reference and batch.get("ref_logps") is None)
+    models = [model] if ref_model is None or not run_reference else [model, ref_model]
+    batch, layout = plan(batch, models, shared_prompt)
+    packed = layout.packed
     def inputs(m: nn.Module) -> dict: return batch if packed is None else packed_inputs(packed, m)
     with contextlib.nullcontext() if packed is None else packed_attention(packed, *models):
         reference = None
@@ -290,7 +287,7 @@ def pair_features(
     if baseline is not None: known["baseline"] = baseline(policy.hidden.detach())
     return PairFeatures(policy, reference, layout.targets, layout.lengths, known)
 
-
+# %% ../../nbs/library/engine/09_one_pass.ipynb #78ddb3c3
 def pair_loss(
     model: nn.Module,                       # the policy
     ref_model: nn.Module | None,            # the reference; None: adapter off, or batch["ref_logps"], or no reference

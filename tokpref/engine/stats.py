@@ -12,8 +12,7 @@ from typing import Any
 from torch import nn
 
 from ..losses.types import TokenStats
-from . import forward
-from .forward import features, host_batch, moved, reference_features, response_positions, row_grid
+from .forward import features, moved, on_the_right, reference_features, response_positions, row_grid
 from .gradients import scored_twice
 from .in_place import Wants
 
@@ -21,9 +20,7 @@ from .in_place import Wants
 def _measure(model: nn.Module, ref_model: nn.Module | None, batch: dict, matrix: list[int], wants: Wants,
              baseline: Callable | None, chunk_size: int | None) -> list[TokenStats]:
     "Token statistics of a batch whose row i goes to matrix `matrix[i]` of the result."
-    batch = forward.as_counted(batch, model, ref_model)
-    here = host_batch(batch)
-    if not here["attention_mask"][:, 0].all(): batch, here = forward.right_padded(batch), forward.right_padded(here)
+    batch, here = on_the_right(batch)
     responses = response_positions(here)
     targets = here["input_ids"][responses.rows, responses.columns]
     plan = moved((responses, row_grid(responses.lengths, matrix), targets), batch["input_ids"].device)

@@ -41,7 +41,7 @@ def _declared_obstacle(model: nn.Module) -> str | None:
 # %% ../../nbs/library/engine/08_trial.ipynb #7dc10e30
 def last_states(model: nn.Module, batch: dict) -> Tensor:
     "The decoder's last hidden states [R, L, H]."
-    hidden, _ = run_for_states(model, model_inputs(base_model(model), batch))
+    hidden, _ = run_for_states(model, model_inputs(model, batch))
     if hidden is None: raise ValueError(f"{type(base_model(model)).__name__} does not give the states before its head")
     return hidden
 
