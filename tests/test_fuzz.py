@@ -1,0 +1,185 @@
+"""Random numbers, extreme ones among them, against plain formulas in float64: no nan where they have none.
+
+A draw is a batch of features: states and a head, or logits. Logits reach ±1e4, entries of the vocabulary are masked with
+−inf, there are two tokens or hundreds, responses of one token beside long ones. `TOKPREF_DRAWS=2000` draws more.
+"""
+import math
+import os
+import random
+from functools import partial
+
+import pytest
+import torch
+
+from tokpref import LOSSES, TokenStats
+from tokpref.engine.forward import Features
+from tokpref.engine.gradients import scored_twice
+from tokpref.engine.head import Head
+from tokpref.engine.in_place import Wants
+from tokpref.engine.one_pass import PairFeatures, loss_of_features, needs_all_pairs
+
+DRAWS = int(os.environ.get("TOKPREF_DRAWS", 100))
+TYPES = {torch.float64: (1e-9, 1e-9), torch.float32: (1e-5, 6e-4), torch.bfloat16: (1e-5, 0.1), torch.float16: (1e-5, 0.02)}
+# of statistics and losses; of gradients, whose products are rounded to the type
+ALL = Wants(kl=True, reverse_kl=True, entropy=True)
+
+
+def lengths_of(rng: random.Random, pairs: int) -> list[int]:
+    "Lengths of 2B responses: often 1, now and then long."
+    return [rng.choice([1, 1, 2, 3, 5, rng.randint(1, 60)]) for _ in range(2 * pairs)]
+
+
+def made_up(rng: random.Random, dtype: torch.dtype) -> PairFeatures:
+    "Features of policy and reference, with a head or without, and tokens that the policy can say."
+    torch.manual_seed(rng.randrange(2**31))
+    pairs, vocab, width = rng.choice([1, 1, 2, 4]), rng.choice([2, 3, 17, 50, 257]), rng.randint(1, 8)
+    lengths = lengths_of(rng, pairs)
+    count = sum(lengths)
+    size = rng.choice([0.1, 1.0, 10.0, 100.0, 1e4])     # of the largest logits
+    banned = torch.rand(vocab) < rng.choice([0, 0, 0.3])
+    banned[rng.randrange(vocab)] = False
+    bias = torch.zeros(vocab, dtype=dtype).masked_fill(banned, -math.inf) if banned.any() else None
+    targets = torch.multinomial((~banned).double(), count, replacement=True)
+    def one(with_head: bool) -> Features:
+        if not with_head:
+            logits = (torch.randn(count, vocab, dtype=torch.float64) * size).clamp(-1e4, 1e4).masked_fill(banned, -math.inf)
+            return Features(torch.zeros(count, 0), None, logits.to(dtype).requires_grad_())
+        hidden = torch.randn(count, width, dtype=torch.float64).to(dtype).requires_grad_()
+        weight = (torch.randn(vocab, width, dtype=torch.float64) * size / (3 * width**0.5)).to(dtype).requires_grad_()
+        return Features(hidden, Head(weight, bias, rng.choice([1.0, 1.0, 0.25]), rng.choice([None, None, 30.0])))
+    with_head = rng.random() < 0.6
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    known = {"baseline": torch.randn(count, dtype=wide)}
+    if rng.random() < 0.5: known["weights"] = torch.rand(count, dtype=wide) * (torch.rand(count) < 0.8)
+    return PairFeatures(one(with_head), one(with_head), targets, lengths, known)
+
+
+def plain_logits(features: Features) -> torch.Tensor:
+    "[N, V] in float64, from the same numbers; a head in a half type rounds its products as it does everywhere."
+    if features.head is None: return features.states.double()
+    head = features.head
+    if head.weight.dtype in (torch.float32, torch.float64):
+        head = Head(head.weight.double(), None if head.bias is None else head.bias.double(), head.scale, head.softcap)
+        return head.logits(features.hidden.double())
+    return head.logits(features.hidden).double()
+
+
+def plain_stats(pairs: PairFeatures) -> dict[str, torch.Tensor]:
+    "All statistics of N positions by their definitions."
+    logps, ref_logps = (plain_logits(f).log_softmax(-1) for f in (pairs.policy, pairs.reference))
+    def expected(p, a, b):
+        "Σ p (a − b) with 0 · anything = 0, for gradients too."
+        there = p > 0
+        return (p * (a.masked_fill(~there, 0) - b.masked_fill(~there, 0))).sum(-1)
+    p, q = logps.exp(), ref_logps.exp()
+    at = pairs.targets[:, None]
+    return {"logps": logps.gather(1, at)[:, 0], "ref_logps": ref_logps.gather(1, at)[:, 0].detach(),
+            "kl": expected(q.detach(), ref_logps.detach(), logps), "reverse_kl": expected(p, logps, ref_logps).detach(),
+            "entropy": -expected(p, logps, torch.zeros_like(logps)).detach()}
+
+
+def sizes(pairs: PairFeatures) -> list[float]:
+    "How large a position's gradients can be: those of probabilities that are 0 or 1 are rounding errors of this."
+    head = pairs.policy.head
+    return [1.0] if head is None else [float(x.detach().abs().max()) for x in (head.weight, pairs.policy.hidden)]
+
+
+def gradients(loss: torch.Tensor, pairs: PairFeatures) -> list[torch.Tensor]:
+    inputs = [pairs.policy.states] + ([pairs.policy.head.weight] if pairs.policy.head else [])
+    found = torch.autograd.grad(loss, inputs, allow_unused=True, retain_graph=True)
+    return [torch.zeros_like(x) if g is None else g for g, x in zip(found, inputs, strict=True)]
+
+
+def off(found: torch.Tensor, wanted: torch.Tensor, size: float = 0.0) -> float:
+    "The worst error as a share of the largest entry, or of `size`. Infinite where only the reference is finite."
+    found, wanted = found.detach().double(), wanted.detach().double()
+    there = wanted.isfinite()
+    if (found[there].isfinite() != True).any(): return math.inf     # noqa: E712
+    if not there.any(): return 0.0
+    largest = max(float(wanted[there].abs().max()), size, 1e-30)
+    return float((found - wanted)[there].abs().max()) / largest
+
+
+def report(worst: dict, kind: str) -> None:
+    print(f"\n{kind}, {DRAWS} draws a type, worst error as a share of the largest entry")
+    for (dtype, what), error in sorted(worst.items(), key=str): print(f"  {str(dtype):16s} {what:12s} {error:.0e}")
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_statistics_and_their_gradients(dtype):
+    worst: dict = {}
+    for seed in range(DRAWS):
+        rng = random.Random(seed)
+        pairs = made_up(rng, dtype)
+        wanted = plain_stats(pairs)
+        found = scored_twice(pairs.policy, pairs.reference, pairs.targets, ALL, rng.choice([None, 1, 2, 7]))
+        largest = max(float(plain_logits(f).detach().masked_fill(plain_logits(f).isinf(), 0).abs().max())
+                      for f in (pairs.policy, pairs.reference))
+        for name in wanted:
+            error = off(found[name], wanted[name], largest)
+            worst[dtype, name] = max(worst.get((dtype, name), 0), error)
+            assert error < TYPES[dtype][0], (seed, name, error)
+        slopes = {name: torch.randn(len(pairs.targets), dtype=torch.float64) for name in ("logps", "kl")}
+        total = lambda values: sum((values[name].double() * slope).sum() for name, slope in slopes.items())
+        both = gradients(total(found), pairs), gradients(total(wanted), pairs), sizes(pairs)
+        for i, (a, b, size) in enumerate(zip(*both, strict=True)):
+            error = off(a, b, size)
+            worst[dtype, f"gradient {i}"] = max(worst.get((dtype, f"gradient {i}"), 0), error)
+            rounding = 4 * torch.finfo(torch.float32).eps * largest      # of logits that large, and so of probabilities
+            assert error < TYPES[dtype][1] + rounding, (seed, "gradient", i, error)
+    report(worst, "statistics")
+
+
+# Losses, as the engine calls them: in one pass and in two steps
+
+def options_of(rng: random.Random, name: str) -> dict:
+    "β from 1e-3 to 1e3; what else the loss reads, at random."
+    spec, options = LOSSES[name], {}
+    if "beta" in spec.options: options["beta"] = 10 ** rng.uniform(-3, 3)
+    if name == "adpo": options["window"] = rng.choice([1, 2, 7])
+    if name in ("bpo", "tbpo_q", "tbpo_a", "tbpo_a_k3"):
+        options["generator"] = rng.choice(["logistic", "kliep", "lsif", "ba", "sba"])
+    return options
+
+
+WITHOUT_WEIGHTS = {"simpo"}
+
+
+def plain_loss(name: str, options: dict, pairs: PairFeatures) -> torch.Tensor:
+    "The losses [B] in float64 from plain statistics; rows are cut out one by one."
+    values = plain_stats(pairs) | {k: x.double() for k, x in pairs.known.items()}
+    rows = [range(sum(pairs.lengths[:i]), sum(pairs.lengths[:i + 1])) for i in range(len(pairs.lengths))]
+    def side(first: int) -> TokenStats:
+        mine = rows[first::2]
+        fill = lambda x: torch.nn.utils.rnn.pad_sequence([x[list(row)] for row in mine], batch_first=True)
+        fields = {k: fill(x) for k, x in values.items()}
+        return TokenStats(**fields, mask=fill(torch.ones(len(pairs.targets), dtype=torch.bool)))
+    return LOSSES[name](side(0), side(1), **options).losses
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_losses_of_features(dtype):
+    worst: dict = {}
+    for seed in range(DRAWS):
+        rng = random.Random(10_000 + seed)
+        pairs, name = made_up(rng, dtype), rng.choice(list(LOSSES))
+        options = options_of(rng, name)
+        if name in WITHOUT_WEIGHTS: pairs.known.pop("weights", None)
+        loss = partial(LOSSES[name], **options)
+        wants = Wants(LOSSES[name].kl, LOSSES[name].reverse_kl, LOSSES[name].entropy)
+        one_pass = not needs_all_pairs(loss, torch.device("cpu"))
+        found = loss_of_features(pairs, loss, wants, one_pass=one_pass, chunk_size=rng.choice([None, 1, 3, 500]))
+        wanted = plain_loss(name, options, pairs)
+        if not (wanted.isfinite() & (wanted.abs() < 1e30)).all(): continue      # float32 does not reach there
+        largest = max(float(plain_logits(f).detach().masked_fill(plain_logits(f).isinf(), 0).abs().max())
+                      for f in (pairs.policy, pairs.reference))
+        reach = options.get("beta", 1.0) * largest * max(pairs.lengths)         # of the numbers that a loss adds up
+        error = off(found.pairs.losses, wanted, reach)
+        worst[dtype, name] = max(worst.get((dtype, name), 0), error)
+        assert error < TYPES[dtype][0], (seed, name, options, error, found.pairs.losses, wanted)
+        ours, theirs = gradients(found.loss, pairs), gradients(wanted.mean(), pairs)
+        for i, (a, b, size) in enumerate(zip(ours, theirs, sizes(pairs), strict=True)):
+            assert a.isfinite().all() or not b.isfinite().all(), (seed, name, options, "gradient", i)
+            if reach > 100: continue        # a saturated sigmoid makes of a rounding error any gradient
+            assert off(a, b, size * options.get("beta", 1.0)) < 2 * TYPES[dtype][1], (seed, name, options, "gradient", i)
+    report(worst, "losses")
