@@ -15,7 +15,7 @@ RECIPE := settings.ini setup.py pyproject.toml $(CONSTRAINTS)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-min test-new pins check test-notebooks test-python nb prepare notebooks results site test-site colab \
-        dist bench gpu gpu-data hooks clean model
+        dist bench gpu gpu-data hooks clean model mutations
 .NOTPARALLEL:
 
 help:  ## list the commands
@@ -57,6 +57,9 @@ model: $(VENV)/.base  ## fetch a pretrained model of 135 million weights into mo
 
 results: $(VENV)/.dev  ## every measured number that a notebook or the README shows is in a file of results/
 	@$(QUIET) $(BIN)/python tools/results.py
+
+mutations: $(VENV)/.dev  ## put a fault into the package at a time: do the tests notice? (MUTATIONS="--rooms losses")
+	@$(QUIET) $(BIN)/python tools/mutations.py $(MUTATIONS)
 
 site: $(VENV)/.site  ## render the site into _site (needs Node)
 	@$(BIN)/python tools/build_site.py
