@@ -160,6 +160,13 @@ def test_dpo_in_plain_numbers(divergence, pair, weighted):
     assert_close(LOSSES["dpo"](*pair, beta=1.0, label_smoothing=0.2).losses, smoothed)
 
 
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_rewards_are_zero_where_policy_and_reference_agree(divergence):
+    same = stats_of([[0.0, 0.0]])
+    result = LOSSES["dpo"](same, same, f_divergence=divergence)
+    assert result.chosen_rewards == 0 and result.rejected_rewards == 0
+
+
 def test_ipo_in_plain_numbers(pair, weighted):
     for sides in (pair, weighted):
         for average in (False, True):
