@@ -840,8 +840,8 @@ def batch_of(lengths: list[tuple[int, int, int]]) -> dict:
     generator = torch.Generator().manual_seed(len(lengths))
     draw = lambda n: torch.randint(3, 41, (n,), generator=generator)
     prompts = [draw(prompt) for prompt, _, _ in lengths]
-    sides = [[(p, torch.cat([p, draw(sizes[side])])) for p, sizes in zip(prompts, lengths, strict=True)] for side in (1, 2)]
-    rows = [pair for side in sides for pair in side]
+    both = [(p, sizes[side]) for side in (1, 2) for p, sizes in zip(prompts, lengths, strict=True)]
+    rows = [(p, torch.cat([p, draw(size)])) for p, size in both]
     fill = lambda xs: torch.nn.utils.rnn.pad_sequence(xs, batch_first=True)
     return {
         "input_ids": fill([ids for _, ids in rows]),
@@ -857,7 +857,8 @@ def test_compiled_layers_attend_in_branches(how, monkeypatch):
     model, ref_model = make("Llama"), make("Llama", 1).requires_grad_(False)
     if how != "plain":
         model.gradient_checkpointing_enable({"use_reentrant": False})
-        model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)).double().train()
+        adapter = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+        model = get_peft_model(model, adapter).double().train()
     weights = [p for p in model.parameters() if p.requires_grad]
     batches = [batch_of(n) for n in ([(4, 3, 2), (6, 5, 4), (3, 2, 6)], [(9, 2, 3), (5, 8, 2)], [(3, 4, 4)] * 4)]
     wanted = [fast("tdpo2", model, ref_model, batch, weights) for batch in batches]

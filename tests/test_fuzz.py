@@ -1,7 +1,7 @@
 """Random numbers, extreme ones among them, against plain formulas in float64: no nan where they have none.
 
-A draw is a batch of features: states and a head, or logits. Logits reach ±1e4, entries of the vocabulary are masked with
-−inf, there are two tokens or hundreds, responses of one token beside long ones. `TOKPREF_DRAWS=2000` draws more.
+A draw is a batch of features: states and a head, or logits. Logits reach ±1e4, entries of the vocabulary are masked
+with −inf, there are two tokens or hundreds, responses of one token beside long ones. `TOKPREF_DRAWS=2000` draws more.
 """
 import math
 import os
@@ -19,8 +19,12 @@ from tokpref.engine.in_place import Wants
 from tokpref.engine.one_pass import PairFeatures, loss_of_features, needs_all_pairs
 
 DRAWS = int(os.environ.get("TOKPREF_DRAWS", 100))
-TYPES = {torch.float64: (1e-9, 1e-9), torch.float32: (1e-5, 6e-4), torch.bfloat16: (1e-5, 0.1), torch.float16: (1e-5, 0.02)}
-# of statistics and losses; of gradients, whose products are rounded to the type
+TYPES = {       # largest errors of statistics and losses, and of gradients, whose products are rounded to the type
+    torch.float64: (1e-9, 1e-9),
+    torch.float32: (1e-5, 6e-4),
+    torch.bfloat16: (1e-5, 0.1),
+    torch.float16: (1e-5, 0.02),
+}
 ALL = Wants(kl=True, reverse_kl=True, entropy=True)
 
 
@@ -42,7 +46,8 @@ def made_up(rng: random.Random, dtype: torch.dtype) -> PairFeatures:
     targets = torch.multinomial((~banned).double(), count, replacement=True)
     def one(with_head: bool) -> Features:
         if not with_head:
-            logits = (torch.randn(count, vocab, dtype=torch.float64) * size).clamp(-1e4, 1e4).masked_fill(banned, -math.inf)
+            logits = (torch.randn(count, vocab, dtype=torch.float64) * size).clamp(-1e4, 1e4)
+            logits = logits.masked_fill(banned, -math.inf)
             return Features(torch.zeros(count, 0), None, logits.to(dtype).requires_grad_())
         hidden = torch.randn(count, width, dtype=torch.float64).to(dtype).requires_grad_()
         weight = (torch.randn(vocab, width, dtype=torch.float64) * size / (3 * width**0.5)).to(dtype).requires_grad_()
@@ -120,8 +125,9 @@ def test_statistics_and_their_gradients(dtype):
             worst[dtype, name] = max(worst.get((dtype, name), 0), error)
             assert error < TYPES[dtype][0], (seed, name, error)
         slopes = {name: torch.randn(len(pairs.targets), dtype=torch.float64) for name in ("logps", "kl")}
-        total = lambda values: sum((values[name].double() * slope).sum() for name, slope in slopes.items())
-        both = gradients(total(found), pairs), gradients(total(wanted), pairs), sizes(pairs)
+        of = lambda values: sum((values[name].double() * slope).sum() for name, slope in slopes.items())  # noqa: B023
+        totals = of(found), of(wanted)
+        both = *(gradients(total, pairs) for total in totals), sizes(pairs)
         for i, (a, b, size) in enumerate(zip(*both, strict=True)):
             error = off(a, b, size)
             worst[dtype, f"gradient {i}"] = max(worst.get((dtype, f"gradient {i}"), 0), error)
@@ -181,5 +187,6 @@ def test_losses_of_features(dtype):
         for i, (a, b, size) in enumerate(zip(ours, theirs, sizes(pairs), strict=True)):
             assert a.isfinite().all() or not b.isfinite().all(), (seed, name, options, "gradient", i)
             if reach > 100: continue        # a saturated sigmoid makes of a rounding error any gradient
-            assert off(a, b, size * options.get("beta", 1.0)) < 2 * TYPES[dtype][1], (seed, name, options, "gradient", i)
+            error = off(a, b, size * options.get("beta", 1.0))
+            assert error < 2 * TYPES[dtype][1], (seed, name, options, "gradient", i, error)
     report(worst, "losses")

@@ -25,15 +25,20 @@ class Fault(NamedTuple):
 
 
 LOSSES = [
-    Fault("losses/dpo.py", "margin = chosen_rewards - rejected_rewards\n", "margin = rejected_rewards - chosen_rewards\n"),
+    Fault("losses/dpo.py", "margin = chosen_rewards - rejected_rewards\n",
+          "margin = rejected_rewards - chosen_rewards\n"),
     Fault("losses/dpo.py", "- label_smoothing * F.logsigmoid(-margin)", "- label_smoothing * F.logsigmoid(margin)"),
     Fault("losses/dpo.py", "-(1 - label_smoothing) * F.logsigmoid(margin)", "-F.logsigmoid(margin)"),
     Fault("losses/dpo.py", "return -_expm1(-delta)", "return _expm1(delta)"),
     Fault("losses/dpo.py", "F.logsigmoid(delta) + math.log(2)", "F.logsigmoid(delta)"),
     Fault("losses/dpo.py", "- 1 / (2 * beta)) ** 2", "- 1 / beta) ** 2"),
-    Fault("losses/dpo.py", "chosen_rewards - rejected_rewards - gamma)", "chosen_rewards - rejected_rewards - beta * gamma)"),
-    Fault("losses/dpo.py", "rejected_rewards = beta * rejected.per_token(rejected.logps).sum(-1) / nonempty_lengths(rejected)",
-          "rejected_rewards = beta * rejected.per_token(rejected.logps).sum(-1) / nonempty_lengths(chosen)"),
+    Fault("losses/dpo.py", "chosen_rewards - rejected_rewards - gamma)",
+          "chosen_rewards - rejected_rewards - beta * gamma)"),
+    Fault(
+        "losses/dpo.py",
+        "rejected_rewards = beta * rejected.per_token(rejected.logps).sum(-1) / nonempty_lengths(rejected)",
+        "rejected_rewards = beta * rejected.per_token(rejected.logps).sum(-1) / nonempty_lengths(chosen)",
+    ),
     Fault("losses/tdpo.py", "drift = rejected_kl - chosen_kl\n", "drift = chosen_kl - rejected_kl\n"),
     Fault("losses/tdpo.py", "chosen_kl.detach())", "chosen_kl)"),
     Fault("losses/tdpo.py", "alpha * (rejected_kl - chosen_kl.detach())", "rejected_kl - alpha * chosen_kl.detach()"),
@@ -41,7 +46,8 @@ LOSSES = [
     Fault("losses/adpo.py", "windows = -(-lengths.amax(0) // window)", "windows = lengths.amax(0) // window"),
     Fault("losses/adpo.py", "(_positions(mask) + 1) * parts[:, None] - 1", "_positions(mask) * parts[:, None]"),
     Fault("losses/adpo.py", ".masked_fill(~own, 0.0).sum(-1)", ".sum(-1)"),
-    Fault("losses/adpo.py", "margins = beta * (chosen_sums - rejected_sums)", "margins = chosen_sums - beta * rejected_sums"),
+    Fault("losses/adpo.py", "margins = beta * (chosen_sums - rejected_sums)",
+          "margins = chosen_sums - beta * rejected_sums"),
     Fault("losses/tbpo.py", "risk.sum(-1) / chosen_part.lengths", "risk.sum(-1) / chosen.lengths"),
     Fault("losses/tbpo.py", "risk.sum(-1) / chosen_part.lengths", "risk.sum(-1)"),
     Fault("losses/tbpo.py", "gap.sum(-1, keepdim=True) / chosen.lengths[:, None]", "gap.mean(-1, keepdim=True)"),
@@ -53,7 +59,8 @@ LOSSES = [
     Fault("losses/bregman.py", "losses = bregman_risk(rejected_rewards - chosen_rewards,",
           "losses = bregman_risk(chosen_rewards - rejected_rewards,"),
     Fault("losses/types.py", "if self.weights is not None: value = value * self.weights", "if False: pass"),
-    Fault("losses/types.py", "return self.per_token(self.need(\"kl\"))", "return self.need(\"kl\").masked_fill(~self.mask, 0.0)"),
+    Fault("losses/types.py", "return self.per_token(self.need(\"kl\"))",
+          "return self.need(\"kl\").masked_fill(~self.mask, 0.0)"),
     Fault("losses/more.py", "/ (1 - 2 * flip_rate)", "/ (1 - flip_rate)"),
     Fault("losses/more.py", "penalty * (-chosen_rewards).relu()", "penalty * chosen_rewards.relu()"),
     Fault("losses/more.py", "torch.sigmoid(beta * point - chosen_rewards)", "torch.sigmoid(point - chosen_rewards)"),
@@ -66,48 +73,63 @@ ENGINE = [
     Fault("engine/one_pass.py", "states = rows, columns - 1", "states = rows, columns"),
     Fault("engine/stats.py", "positions = rows, columns - 1", "positions = rows, columns"),
     Fault("engine/one_pass.py", "torch.full_like(result.losses, 1 / pairs)", "torch.full_like(result.losses, 1.0)"),
-    Fault("engine/one_pass.py", "torch.full_like(result.losses, 1 / pairs)", "torch.full_like(result.losses, 1 / len(result.losses))"),
-    Fault("engine/one_pass.py", "batch[\"weights\"][layout.source].float()", "torch.ones_like(batch[\"weights\"][layout.source]).float()"),
+    Fault("engine/one_pass.py", "torch.full_like(result.losses, 1 / pairs)",
+          "torch.full_like(result.losses, 1 / len(result.losses))"),
+    Fault("engine/one_pass.py", "batch[\"weights\"][layout.source].float()",
+          "torch.ones_like(batch[\"weights\"][layout.source]).float()"),
     Fault("engine/gradients.py", "p.mul_((k - g)[:, None]).addcmul_(ref_probs[rows], -k[:, None])",
           "p.mul_(-g[:, None]).addcmul_(ref_probs[rows], -k[:, None])"),
     Fault("engine/gradients.py", "if work.scale != 1.0: grad.mul_(work.scale)", "if False: pass"),
     Fault("engine/gradients.py", "grad_logps = (targets - first).clamp(0, probs.shape[1] - 1), grad_logps * here",
           "grad_logps = (targets - first).clamp(0, probs.shape[1] - 1), grad_logps"),
     Fault("engine/gradients.py", "scaled = (g if g is None or plain else g * upstream.to(g.dtype)", "scaled = (g"),
-    Fault("engine/in_place.py", "stats[\"kl\"] = gap.mul_(ref_z).nansum(-1) + shift", "stats[\"kl\"] = gap.mul_(z).nansum(-1) + shift"),
+    Fault("engine/in_place.py", "stats[\"kl\"] = gap.mul_(ref_z).nansum(-1) + shift",
+          "stats[\"kl\"] = gap.mul_(z).nansum(-1) + shift"),
     Fault("engine/in_place.py", "-(z * gap).nansum(-1) - shift", "-(z * gap).nansum(-1) + shift"),
     Fault("engine/in_place.py", "if head.bias is not None: z.add_(head.bias[columns])", "if False: pass"),
     Fault("engine/packing.py", "seen = (segment == other_segment) & same_branch & (other_position <= position)",
           "seen = (segment == other_segment) & (other_position <= position)"),
     Fault("engine/packing.py", "(position - other_position < window)", "(position - other_position <= window)"),
-    Fault("engine/packing.py", "return torch.where(index < shared, self.base[rows] + index,", "return torch.where(index <= shared, self.base[rows] + index,"),
+    Fault("engine/packing.py", "return torch.where(index < shared, self.base[rows] + index,",
+          "return torch.where(index <= shared, self.base[rows] + index,"),
     Fault("engine/attention.py", "lse[:, head:] = total", "pass"),
     Fault("engine/reference.py", "rows += zip(_values(chosen), _values(rejected), strict=True)",
           "rows += zip(_values(rejected), _values(chosen), strict=True)"),
-    Fault("engine/head.py", "(getattr(config, \"logit_scale\", None) or 1.0) / (getattr(config, \"logits_scaling\", None) or 1.0)",
-          "(getattr(config, \"logit_scale\", None) or 1.0)"),
+    Fault(
+        "engine/head.py",
+        "(getattr(config, \"logit_scale\", None) or 1.0) / (getattr(config, \"logits_scaling\", None) or 1.0)",
+        "(getattr(config, \"logit_scale\", None) or 1.0)",
+    ),
 ]
 DATA = [
     Fault("data/collate.py", "[[0] * len(start) + [1] * len(rest) for start, rest in pairs]",
           "[[0] * (len(start) - 1) + [1] * (len(rest) + 1) for start, rest in pairs]"),
     Fault("data/collate.py", "[row[f\"{side}_ids\"] for side in SIDES for row in rows]",
           "[row[f\"{side}_ids\"] for side in SIDES[::-1] for row in rows]"),
-    Fault("data/tokens.py", "responses = [part if part[-1:] == end else part + end for part in ids]", "responses = ids"),
+    Fault("data/tokens.py", "responses = [part if part[-1:] == end else part + end for part in ids]",
+          "responses = ids"),
     Fault("data/tokens.py", "values[:limit - 1] + values[-1:]", "values[:limit]"),
     Fault("data/tokens.py", "longest = max(len(chosen), len(rejected))", "longest = len(chosen)"),
-    Fault("data/formats.py", "return chosen[:start], chosen[start:], rejected[start:]", "return chosen[:start], rejected[start:], chosen[start:]"),
-    Fault("data/formats.py", "return (prompt, chosen[start:], rejected[start:]) if repeated", "return (prompt, chosen, rejected) if repeated"),
+    Fault("data/formats.py", "return chosen[:start], chosen[start:], rejected[start:]",
+          "return chosen[:start], rejected[start:], chosen[start:]"),
+    Fault("data/formats.py", "== rejected[:start]: return prompt, chosen[start:], rejected[start:]",
+          "== rejected[:start]: return prompt, rejected[start:], chosen[start:]"),
 ]
 EVALUATION = [
-    Fault("evaluation/judging.py", "scores, first = (there + 1 - back) / 2, (there + back) / 2", "scores, first = there, (there + back) / 2"),
+    Fault("evaluation/judging.py", "scores, first = (there + 1 - back) / 2, (there + back) / 2",
+          "scores, first = there, (there + back) / 2"),
     Fault("evaluation/judging.py", "[*prompts, *prompts], [*candidates, *references], [*references, *candidates]",
           "[*prompts, *prompts], [*candidates, *candidates], [*references, *references]"),
-    Fault("evaluation/divergence.py", "\"log_ratio\": stats.log_ratio, \"kl\": stats.reverse_kl,", "\"log_ratio\": stats.log_ratio, \"kl\": stats.kl,"),
+    Fault("evaluation/divergence.py", "\"log_ratio\": stats.log_ratio, \"kl\": stats.reverse_kl,",
+          "\"log_ratio\": stats.log_ratio, \"kl\": stats.kl,"),
     Fault("evaluation/divergence.py", "{name: torch.cat(values)[back] for", "{name: torch.cat(values) for"),
-    Fault("evaluation/estimate.py", "[values[list(group)].mean() for group in groups]", "[values[list(group)[:1]].mean() for group in groups]"),
+    Fault("evaluation/estimate.py", "[values[list(group)].mean() for group in groups]",
+          "[values[list(group)[:1]].mean() for group in groups]"),
     Fault("evaluation/estimate.py", "correction = len(numbers) / (len(numbers) - 1)", "correction = 1"),
-    Fault("evaluation/frontier.py", "kl = (w * (log_w + math.log(rewards.shape[1]))).sum(-1)", "kl = (w * log_w).sum(-1)"),
-    Fault("evaluation/frontier.py", "point[\"reward\"] for point in points if point[\"kl\"] <= kl", "point[\"reward\"] for point in points if point[\"kl\"] >= kl"),
+    Fault("evaluation/frontier.py", "kl = (w * (log_w + math.log(rewards.shape[1]))).sum(-1)",
+          "kl = (w * log_w).sum(-1)"),
+    Fault("evaluation/frontier.py", "point[\"reward\"] for point in points if point[\"kl\"] <= kl",
+          "point[\"reward\"] for point in points if point[\"kl\"] >= kl"),
     Fault("evaluation/pairs.py", "\"implicit/accuracies\": won > lost,", "\"implicit/accuracies\": won >= lost,"),
     Fault("evaluation/sampling.py", "return ids[:first + 1]", "return ids[:first]"),
     Fault("metrics.py", "(result.margins > 0).float()", "(result.margins >= 0).float()"),
@@ -118,16 +140,22 @@ TRAINER = [
     Fault("training/trainer.py", "self.share = weight * (len(part[\"input_ids\"]) // 2)", "self.share = 1.0"),
     Fault("training/trainer.py", "if finite.all(): continue", "continue"),
     Fault("training/trainer.py", "if module is not None: disable_dropout(module)", "pass"),
-    Fault("training/reference.py", "weight.lerp_(source[name].to(weight), share)", "weight.lerp_(source[name].to(weight), 1 - share)"),
-    Fault("training/reference.py", "if state.global_step % self.every == 0:", "if state.global_step % self.every == 1:"),
-    Fault("training/reference.py", "trained_before = has_adapter(policy) and not adapter_is_new(policy)", "trained_before = False"),
+    Fault("training/reference.py", "weight.lerp_(source[name].to(weight), share)",
+          "weight.lerp_(source[name].to(weight), 1 - share)"),
+    Fault("training/reference.py", "if state.global_step % self.every == 0:",
+          "if state.global_step % self.every == 1:"),
+    Fault("training/reference.py", "trained_before = has_adapter(policy) and not adapter_is_new(policy)",
+          "trained_before = False"),
     Fault("training/setup.py", "optimizer.register_step_post_hook(lambda *_: head.zero_grad())", "pass"),
 ]
 HARNESS = [
-    Fault("experiments/compare/baselines.py", "\"labels\": [-100] * len(prompt) + response}", "\"labels\": prompt + response}"),
-    Fault("experiments/compare/baselines.py", "return (returns - returns.mean(1, keepdim=True)) * k / (k - 1)", "return returns - returns.mean(1, keepdim=True)"),
+    Fault("experiments/compare/baselines.py", "\"labels\": [-100] * len(prompt) + response}",
+          "\"labels\": prompt + response}"),
+    Fault("experiments/compare/baselines.py", "return (returns - returns.mean(1, keepdim=True)) * k / (k - 1)",
+          "return returns - returns.mean(1, keepdim=True)"),
     Fault("experiments/compare/baselines.py", "torch.minimum(ratio * gain,", "torch.maximum(ratio * gain,"),
-    Fault("experiments/compare/baselines.py", "rollout[\"rewards\"] - self.beta * stats.log_ratio", "rollout[\"rewards\"] + self.beta * stats.log_ratio"),
+    Fault("experiments/compare/baselines.py", "rollout[\"rewards\"] - self.beta * stats.log_ratio",
+          "rollout[\"rewards\"] + self.beta * stats.log_ratio"),
     Fault("experiments/compare/run.py", "asdict(run), shared.seed, code]", "asdict(run), code]"),
 ]
 TESTS = {
@@ -140,14 +168,19 @@ TESTS = {
 }
 
 
+def text_of(fault: Fault) -> str:
+    "The module that a fault is put into. Raises `ValueError` unless the text to change is there once."
+    text = (ROOT / "tokpref" / fault.module).read_text(encoding="utf-8")
+    times = text.count(fault.right)
+    if times == 1: return text
+    raise ValueError(f"tokpref/{fault.module} has {fault.right!r} {times} times: name what is there once")
+
+
 def with_fault(fault: Fault, folder: Path) -> None:
     "A copy of the package in `folder` that has the fault."
+    text = text_of(fault)
     shutil.copytree(ROOT / "tokpref", folder / "tokpref", ignore=shutil.ignore_patterns("__pycache__"))
-    path = folder / "tokpref" / fault.module
-    text = path.read_text(encoding="utf-8")
-    if text.count(fault.right) != 1:
-        raise ValueError(f"tokpref/{fault.module} has {fault.right!r} {text.count(fault.right)} times: name a line that is there once")
-    path.write_text(text.replace(fault.right, fault.wrong), encoding="utf-8")
+    (folder / "tokpref" / fault.module).write_text(text.replace(fault.right, fault.wrong), encoding="utf-8")
 
 
 def preload() -> None:
@@ -159,11 +192,12 @@ def preload() -> None:
     import torch
     import transformers
     torch.set_num_threads(1)
-    for name in ("LlamaForCausalLM", "GPT2LMHeadModel", "Trainer", "PreTrainedTokenizerFast"): getattr(transformers, name)
+    for name in ("LlamaForCausalLM", "GPT2LMHeadModel", "Trainer", "PreTrainedTokenizerFast"):
+        getattr(transformers, name)
 
 
 def run_tests(folder: Path, tests: list[str], log: Path) -> bool:
-    "Whether the tests pass on the package in `folder`; in a process of its own, which writes to `log`."
+    "Whether the tests pass on the package in `folder`, in a process that writes to `log`."
     child = os.fork()
     if child:
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
@@ -191,17 +225,19 @@ def main() -> int:
         faults, tests = TESTS[room]
         for fault in faults:
             if args.only not in fault.module + fault.right + fault.wrong: continue
+            text_of(fault)
+            if args.check: continue
             start = time.monotonic()
             with tempfile.TemporaryDirectory() as name:
                 folder = Path(name)
                 with_fault(fault, folder)
-                if args.check: continue
                 passed = run_tests(folder, tests, folder / "log.txt")
                 last = (folder / "log.txt").read_text(errors="replace").strip().splitlines()[-1:]
             tried += 1
             if passed: survivors.append(fault)
             said = "SURVIVED" if passed else "caught"
-            print(f"{said:9s} {time.monotonic() - start:5.0f} s  {fault.module}: {fault.wrong.strip()[:60]}  {' '.join(last)[:60]}", flush=True)
+            what = f"{fault.module}: {fault.wrong.strip()[:60]}"
+            print(f"{said:9s} {time.monotonic() - start:5.0f} s  {what}  {' '.join(last)[:60]}", flush=True)
     print(f"{tried - len(survivors)} of {tried} caught")
     for fault in survivors: print(f"  survived: {fault.module}: {fault.right.strip()} -> {fault.wrong.strip()}")
     return 0 if 10 * len(survivors) <= tried else 1
