@@ -30,7 +30,7 @@ def _mean_logps(stats: TokenStats) -> Tensor:
 def dpo_norm_loss(
     chosen: TokenStats,         # preferred responses; needs ref_logps
     rejected: TokenStats,       # dispreferred responses to the same prompts; its T may differ
-    beta: float = 5.0,          # strength of the pull towards the reference, per token
+    beta: float = 5.0,          # strength of the leash to the reference, per token
 ) -> PairLoss:
     """−log σ(βΔʷ/Tʷ − βΔˡ/Tˡ): [B] losses in nats, length-normalised DPO (Lambert et al. 2024, arXiv 2411.15124).
 
@@ -45,7 +45,7 @@ def dpo_norm_loss(
 def robust_loss(
     chosen: TokenStats,         # preferred responses; needs ref_logps
     rejected: TokenStats,       # dispreferred responses to the same prompts; its T may differ
-    beta: float = 0.1,          # strength of the pull towards the reference
+    beta: float = 0.1,          # strength of the leash to the reference
     flip_rate: float = 0.1,     # ε, the share of labels that are flipped, in [0, 0.5)
 ) -> PairLoss:                  # losses may be negative
     """((1 − ε)ℓ(u) − εℓ(−u))/(1 − 2ε), ℓ(u) = −log σ(u): [B] (robust DPO, Chowdhury et al. 2024, arXiv 2403.00409).
@@ -62,7 +62,7 @@ def robust_loss(
 def hinge_loss(
     chosen: TokenStats,         # preferred responses; needs ref_logps
     rejected: TokenStats,       # dispreferred responses to the same prompts; its T may differ
-    beta: float = 0.1,          # strength of the pull towards the reference; the margin that is enough is 1/β nats
+    beta: float = 0.1,          # strength of the leash to the reference; the margin that is enough is 1/β nats
 ) -> PairLoss:
     """max(0, 1 − u), u = β(Δʷ − Δˡ): [B] (SLiC, Zhao et al. 2023, arXiv 2305.10425; RSO, Liu et al. 2023, arXiv
     2309.06657). Rewards are βΔ. Raises `ValueError` for β ≤ 0."""
@@ -73,7 +73,7 @@ def hinge_loss(
 def apo_zero_loss(
     chosen: TokenStats,         # preferred responses; needs ref_logps
     rejected: TokenStats,       # dispreferred responses to the same prompts; its T may differ
-    beta: float = 0.1,          # strength of the pull towards the reference
+    beta: float = 0.1,          # strength of the leash to the reference
 ) -> PairLoss:
     """1 − σ(βΔʷ) + σ(βΔˡ): [B] in (0, 2) (APO-zero, D'Oosterlinck et al. 2024, arXiv 2408.06266, eq. 7).
 
@@ -87,7 +87,7 @@ def apo_zero_loss(
 def apo_down_loss(
     chosen: TokenStats,         # preferred responses; needs ref_logps
     rejected: TokenStats,       # dispreferred responses to the same prompts; its T may differ
-    beta: float = 0.1,          # strength of the pull towards the reference
+    beta: float = 0.1,          # strength of the leash to the reference
 ) -> PairLoss:
     """σ(βΔʷ) + 1 − σ(β(Δʷ − Δˡ)): [B] in (0, 2) (APO-down, arXiv 2408.06266, eq. 8).
 
@@ -101,7 +101,7 @@ def apo_down_loss(
 def dpop_loss(
     chosen: TokenStats,         # preferred responses; needs ref_logps
     rejected: TokenStats,       # dispreferred responses to the same prompts; its T may differ
-    beta: float = 0.1,          # strength of the pull towards the reference
+    beta: float = 0.1,          # strength of the leash to the reference
     penalty: float = 50.0,      # λ ≥ 0, for a chosen response that is less probable than under the reference
 ) -> PairLoss:
     """−log σ(β(Δʷ − Δˡ − λ max(0, −Δʷ))): [B] losses in nats (DPO-positive, Pal et al. 2024, arXiv 2402.13228).
@@ -116,7 +116,7 @@ def dpop_loss(
 def kto_pairs_loss(
     chosen: TokenStats,         # preferred responses; needs ref_logps and reverse_kl
     rejected: TokenStats,       # dispreferred responses to the same prompts; its T may differ
-    beta: float = 0.1,          # strength of the pull towards the reference
+    beta: float = 0.1,          # strength of the leash to the reference
 ) -> PairLoss:
     """1 − σ(βΔʷ − βz₀) + 1 − σ(βz₀ − βΔˡ): [B] in (0, 2), KTO's two terms (Ethayarajh et al. 2024, arXiv 2402.01306).
 

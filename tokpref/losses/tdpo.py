@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from ..checks import check_not_negative, check_positive, check_unused
 from .types import LossSpec, PairLoss, TokenStats, check_same_batch
 
-# %% ../../nbs/derivations/05_tdpo.ipynb #134aa284
+# %% ../../nbs/derivations/05_tdpo.ipynb #b662113a
 def tdpo_loss(
     chosen: TokenStats,         # preferred responses; needs ref_logps and kl
     rejected: TokenStats,       # dispreferred responses to the same prompts; its T may differ
-    beta: float = 0.1,          # strength of the pull towards the reference
+    beta: float = 0.1,          # strength of the leash to the reference
     alpha: float = 0.5,         # weight of the drift term, read by version 2 only
     version: int = 2,           # 1: gradient through both KLs; 2: weight alpha, none through the chosen KL
 ) -> PairLoss:
