@@ -60,7 +60,7 @@ def _unit_sums(value: Tensor, unit: Tensor, n_units: int) -> Tensor:
 def adpo_loss(
     chosen: TokenStats,             # preferred responses; needs ref_logps
     rejected: TokenStats,           # dispreferred responses to the same prompts; its T may differ
-    beta: float = 0.1,              # strength of the pull towards the reference
+    beta: float = 0.1,              # strength of the leash to the reference
     window: int | None = None,      # k: cut both responses every k tokens, the shorter one padded with log-ratio 0
     segments: int | None = None,    # m: cut each response at ⌊iT/m⌋, m capped at the shorter length of the pair
 ) -> PairLoss:

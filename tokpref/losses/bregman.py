@@ -59,14 +59,14 @@ def clamp_limit(lam: float) -> float:
     "Where z is clamped: ±30, or less where the family's steepest exponential would pass e^80 (float32 ends near e^88)."
     return min(30.0, 80.0 / max(1 + lam, -lam))
 
-# %% ../../nbs/derivations/03_bregman.ipynb #2740c38d
+# %% ../../nbs/derivations/03_bregman.ipynb #a9d70b0a
 def bregman_risk(
     log_ratio: Tensor,          # any shape, z = log R, float; half types are computed in float32
     generator: str = "sba",     # "logistic", "kliep", "lsif", "ba" or "sba"
     lam: float = 1.0,           # λ > −1 of "ba" and "sba", 0 is the limit; not read by the others
     scale: float = 4.0,         # s > 0 of "sba"; not read by the others
 ) -> Tensor:                    # same shape, ℓ_h(e^z), float32 or wider; may be negative, which is no error
-    """ℓ_h(R) = h'(R)R − h(R) − h'(1/R) at R = e^z, elementwise (BPO, arXiv 2505.19601; TBPO, arXiv 2605.12288, eq. 10).
+    """ℓ_h(R) = h'(R)R − h(R) − h'(1/R) at R = e^z, elementwise (BPO, arXiv 2505.19601; TBPO, arXiv 2605.12288).
 
     Beyond |z| = `clamp_limit(λ)` the value is frozen and the gradient is zero; "logistic" needs no clamp and has none.
     Raises `ValueError` for an unknown generator, and for lam ≤ −1 or scale ≤ 0 where they are read.
@@ -82,11 +82,11 @@ def bregman_risk(
     z = z.clamp(-clamp_limit(lam), clamp_limit(lam))
     return factor * (_phi(1 + lam, z) + _phi(-lam, z))
 
-# %% ../../nbs/derivations/03_bregman.ipynb #f080f422
+# %% ../../nbs/derivations/03_bregman.ipynb #aac02f47
 def bpo_loss(
     chosen: TokenStats,         # [B, T_w]; needs ref_logps
     rejected: TokenStats,       # [B, T_l]
-    beta: float = 0.1,          # β > 0, strength of the pull towards the reference
+    beta: float = 0.1,          # β > 0, strength of the leash to the reference
     generator: str = "sba",     # "logistic" (DPO), "kliep", "lsif", "ba" or "sba"
     lam: float = 1.0,           # λ > −1, read by "ba" and "sba" only
     scale: float = 4.0,         # s > 0, read by "sba" only
