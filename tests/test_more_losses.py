@@ -49,6 +49,32 @@ def test_losses_that_trl_has_too_are_the_same(name, beta):
     assert_close(LOSSES[name](*sides(), beta=beta).losses, of_trl(name, *sides(), beta))
 
 
+def plain_numbers(name, w, r, beta):
+    "Of one pair in Python numbers; a side is its log-ratio, log-probability, tokens and reverse KL, each a sum."
+    (ratio, logp, tokens, kl), (other_ratio, other_logp, other_tokens, other_kl) = w, r
+    log_sigma = lambda x: -math.log1p(math.exp(-x))
+    sigma = lambda x: 1 / (1 + math.exp(-x))
+    mean, other_mean, point = logp / tokens, other_logp / other_tokens, beta * (kl + other_kl) / 2
+    odds = lambda log_p: log_p - math.log(1 - math.exp(log_p))
+    return {
+        "dpop": lambda: -log_sigma(beta * (ratio - other_ratio - 50 * max(0.0, -ratio))),
+        "kto_pairs": lambda: 2 - sigma(beta * ratio - point) - sigma(point - beta * other_ratio),
+        "orpo": lambda: -mean - beta * log_sigma(odds(mean) - odds(other_mean)),
+        "cpo": lambda: -log_sigma(beta * (logp - other_logp)) - mean,
+        "sft": lambda: -mean,
+    }[name]()
+
+
+@pytest.mark.parametrize("name", ["dpop", "kto_pairs", "orpo", "cpo", "sft"])
+@pytest.mark.parametrize("beta", [0.1, 2.0])
+def test_other_losses_in_plain_numbers(name, beta):
+    chosen, rejected = sides()
+    numbers = [torch.stack([*sums(side), side.reverse_kl.sum(-1)], 1).tolist() for side in (chosen, rejected)]
+    wanted = [plain_numbers(name, w, r, beta) for w, r in zip(*numbers, strict=True)]
+    options = {"beta": beta} if "beta" in LOSSES[name].options else {}
+    assert_close(LOSSES[name](chosen, rejected, **options).losses, torch.tensor(wanted, dtype=torch.float64))
+
+
 @pytest.mark.parametrize("name", [*MORE_LOSSES, "dpo+0.1*sft", "tdpo1+0.5*kto_pairs"])
 def test_gradients_are_those_of_finite_differences(name):
     chosen, rejected = sides()

@@ -447,6 +447,12 @@ def test_a_chapter_asks_for_nothing_that_only_the_checkout_has(path):
                 assert not re.match(r"\.\./[\w./]*$", node.value), f"a file of the checkout: {node.value}"
 
 
+def test_every_fault_of_the_mutations_can_be_put_in():
+    "The lines that `make mutations` changes are still there."
+    done = subprocess.run([sys.executable, ROOT / "tools" / "mutations.py", "--check"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr.strip().splitlines()[-1]
+
+
 @pytest.mark.skipif(os.environ.get("TOKPREF_COLAB") != "all", reason="takes an hour; `make colab` runs it every week")
 @every(CHAPTERS)
 def test_every_chapter_runs_from_the_wheel_alone(path, distributions, tmp_path_factory):

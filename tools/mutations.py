@@ -156,7 +156,7 @@ HARNESS = [
     Fault("experiments/compare/baselines.py", "torch.minimum(ratio * gain,", "torch.maximum(ratio * gain,"),
     Fault("experiments/compare/baselines.py", "rollout[\"rewards\"] - self.beta * stats.log_ratio",
           "rollout[\"rewards\"] + self.beta * stats.log_ratio"),
-    Fault("experiments/compare/run.py", "asdict(run), shared.seed, code]", "asdict(run), code]"),
+    Fault("experiments/compare/run.py", "shared.seed, code])", "code])"),
 ]
 TESTS = {
     "losses": (LOSSES, ["tests/test_losses.py", "tests/test_more_losses.py"]),
