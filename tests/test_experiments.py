@@ -99,6 +99,7 @@ def test_record_is_complete_and_private(tmp_path):
         "config",
         "seeds",
         "models",
+        "data",
         "versions",
         "hardware",
         "wall_seconds",
