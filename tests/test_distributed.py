@@ -63,3 +63,19 @@ def test_fsdp2_has_the_gradients_of_whole_models_without_full_logits(tmp_path):
     assert len(report) == 6
     for name, difference in report.items():
         assert difference < (0.05 if name.startswith("bfloat16") else 1e-5), name
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
+def test_fsdp2_trains_as_one_process_does(tmp_path):
+    "Losses, norms of gradients and margins of runs whose policy and reference are in shards, fast ways on."
+    runs = []
+    for processes in (1, 2):
+        out = tmp_path / f"{processes}.json"
+        launch([str(WORKER.with_name("fsdp_worker.py")), str(out)], processes)
+        runs.append(json.loads(out.read_text(encoding="utf-8")))
+    for name, whole in runs[0].items():
+        shards = runs[1][name]
+        assert shards["sharded"] == [True, True] and whole["sharded"] == [False, False]
+        assert shards["engine"] == whole["engine"] == {"one_pass": True, "shared_prompt": True}
+        assert_close(torch.tensor(shards["log"]), torch.tensor(whole["log"]), rtol=1e-4, atol=1e-5)
+        assert shards["evaluation"] == pytest.approx(whole["evaluation"], rel=1e-3, abs=1e-5)

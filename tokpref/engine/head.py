@@ -68,9 +68,16 @@ def head_obstacle(model: nn.Module) -> str | None:
     return None
 
 
+def _is_linear(module: Any) -> bool:
+    "Whether a module is `nn.Linear` itself, or the class that FSDP2 makes of it."
+    if type(module) is nn.Linear or not torch.distributed.is_available(): return type(module) is nn.Linear
+    from torch.distributed.fsdp import FSDPModule
+    return type(module).__bases__ == (FSDPModule, nn.Linear)
+
+
 def _plain(module: Any) -> bool:
-    "Whether a module is a linear layer with the whole of its matrix."
-    plain = type(module) is nn.Linear and type(module.weight) is nn.Parameter
+    "Whether a module is a linear layer with the whole of its matrix, as between two passes FSDP2 may leave it."
+    plain = _is_linear(module) and type(module.weight) is nn.Parameter
     return plain and module.weight.shape == (module.out_features, module.in_features)
 
 

@@ -26,7 +26,7 @@ from ..models import disable_dropout, has_adapter, max_positions, reference_of
 from . import setup
 from .card import model_card
 from .config import PreferenceConfig, check_even, check_streams
-from .reference import MovingReference, check_movable, choose_reference
+from .reference import MovingReference, check_movable, choose_reference, shard_reference
 
 # %% ../../nbs/library/training/03_trainer.ipynb #848ece6d
 class PreferenceTrainer(Trainer):
@@ -91,7 +91,8 @@ class PreferenceTrainer(Trainer):
         self.baseline_head: Any = None              # TBPO-Q's
         if self.spec.baseline:
             self.baseline_head = setup.make_baseline_head(policy, args.baseline_width, self.accelerator)
-        if self.ref_model is not None: self.ref_model.to(args.device)
+        if self.ref_model is not None and args.precompute_ref_logps: self.ref_model.to(args.device)
+        elif self.ref_model is not None: self.ref_model = shard_reference(self.ref_model, self.accelerator)
         if args.sync_ref_model: self.move_reference(args)
         if args.precompute_ref_logps: self.precompute_reference()
 
