@@ -1,4 +1,4 @@
-"""Trains a tiny model a few steps by accelerate's FSDP2, on CPUs too; test_distributed.py runs it, by one process and two."""
+"""Trains a tiny model a few steps by FSDP2 as accelerate does it, on CPUs too; test_distributed.py runs it."""
 
 import json
 import os
