@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MOST_LINES = 350
 ROOMS = (
     "checks",
+    "files",
     "losses",
     "exact",
     "precision",

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ..files import whole_file, write_whole
 from ..losses import LOSSES
 from .parser import make_parser
 from .settings import parse_options, parse_settings, train_settings
@@ -90,7 +91,8 @@ def run_compare(args: argparse.Namespace) -> None:
     settings = parse_settings(args.set)
     record = compare(args.task, profile, args.losses, args.seeds, out, settings, progress=not args.quiet)
     print(comparison_table(record))
-    comparison_figure(record).savefig(out / "comparison.png", dpi=150, bbox_inches="tight")
+    with whole_file(out / "comparison.png") as part:
+        comparison_figure(record).savefig(part, format="png", dpi=150, bbox_inches="tight")
     print(f"\nfigure: {out / 'comparison.png'}\nrecord: {out / 'comparison.json'}")
     broken = [run["label"] for run in record["runs"] if "error" in run]
     if broken: raise FloatingPointError(f"{', '.join(broken)} broke down in training; the others are complete")
@@ -128,7 +130,7 @@ def run_evaluate(args: argparse.Namespace) -> None:
         metrics = preference_metrics(model, reference, rows, PreferenceCollator(tokenizer.pad_token_id),
                                      args.loss, args.beta, options, args.batch_size, baseline=baseline)
     _print_metrics(metrics)
-    if args.json: Path(args.json).write_text(json.dumps(metrics, indent=1), encoding="utf-8")
+    if args.json: write_whole(args.json, json.dumps(metrics, indent=1))
 
 # %% ../../nbs/library/cli/02_commands.ipynb #97e31d0b
 def run_data(args: argparse.Namespace) -> None:

@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ..data import PreferenceCollator
+from ..files import whole_file
 from ..losses.types import TokenStats
 from ..models import base_model, evaluating, unwrapped
 from ..precision import autocast_dtype
@@ -91,13 +92,17 @@ _log = logging.getLogger(__name__)
 _SIDES = "chosen", "rejected"
 
 
+def _sum(flat: dict[str, torch.Tensor]) -> str:
+    "Hex digest of the numbers, so that a file which was overwritten is not taken for one that was made."
+    digest = hashlib.blake2b(digest_size=16)
+    for side in _SIDES: digest.update(flat[side].contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 def _save(path: Path, dataset: Dataset, about: dict[str, str]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     flat = {side: torch.tensor([x for row in dataset[f"{side}_ref_logps"] for x in row], dtype=torch.float32)
             for side in _SIDES}
-    draft = path.with_suffix(f".{os.getpid()}")
-    save_file(flat, draft, metadata=about)
-    draft.replace(path)
+    with whole_file(path) as part: save_file(flat, part, metadata={**about, "sum": _sum(flat)})
 
 
 def _precision(model: nn.Module) -> str:
@@ -106,17 +111,22 @@ def _precision(model: nn.Module) -> str:
     return "" if dtype is None else str(dtype).removeprefix("torch.")
 
 
-def _read(path: Path, dataset: Dataset) -> Dataset:
+def _read(path: Path, dataset: Dataset, about: dict[str, str]) -> Dataset | None:
+    "The rows with the numbers of a file; None, with a word, for one that is damaged or of other rows."
     try:
-        with safe_open(path, "pt") as file: flat = {side: file.get_tensor(side) for side in _SIDES}
-    except SafetensorError as error:
-        raise ValueError(f"{path.name} is damaged ({error}): delete it, and it is made anew") from error
+        with safe_open(path, "pt") as file:
+            said = file.metadata() or {}
+            flat = {side: file.get_tensor(side) for side in _SIDES}
+        if said != {**about, "sum": _sum(flat)}: raise ValueError("its sum is another")
+        lengths = {side: [len(ids) for ids in dataset[f"{side}_ids"]] for side in _SIDES}
+        for side, values in flat.items():
+            if sum(lengths[side]) == len(values): continue
+            raise ValueError(f"it holds {len(values)} numbers for the {sum(lengths[side])} tokens of the {side} responses")
+    except (OSError, ValueError, SafetensorError) as error:
+        _log.warning("%s does not read (%s): its log-probs are computed again", path.name, error)
+        return None
     for side, values in flat.items():
-        lengths = [len(ids) for ids in dataset[f"{side}_ids"]]
-        if sum(lengths) != len(values):
-            raise ValueError(f"{path.name} holds {len(values)} numbers for the {sum(lengths)} tokens of the {side} "
-                             "responses: delete it, and it is made anew")
-        dataset = dataset.add_column(f"{side}_ref_logps", [part.tolist() for part in values.split(lengths)])
+        dataset = dataset.add_column(f"{side}_ref_logps", [part.tolist() for part in values.split(lengths[side])])
     return dataset
 
 # %% ../../nbs/library/engine/11_reference.ipynb #fac8b4f8
@@ -130,17 +140,19 @@ def cached_ref_logps(
 ) -> Dataset:                               # with columns chosen_ref_logps and rejected_ref_logps
     """As `add_ref_logps`, read from `folder` if this model scored these tokens before, in autocast's present precision.
 
-    Raises `ValueError` for a file that is damaged or does not fit its rows, and for a model whose weights are sharded.
+    A file that is damaged, or of other rows, is said to be so and made again. Raises `ValueError` for a model whose
+    weights are sharded.
     """
     precision = _precision(ref_model)
     about = {"model": model_digest(ref_model), "data": data_digest(dataset), "rows": str(len(dataset)),
              "precision": precision or "weights"}
     name = f"ref-logps-{about['model'][:16]}-{about['data'][:16]}{precision and '-' + precision}.safetensors"
     path = Path(folder) / name
-    there = [path.exists()] if process[1] == 1 else gather_object([path.exists()])
-    if all(there):
+    known = _read(path, dataset, about) if path.exists() else None
+    there = [known is not None] if process[1] == 1 else gather_object([known is not None])
+    if all(there) and known is not None:
         _log.info("reference log-probs read from %s", path.name)
-        return _read(path, dataset)
+        return known
     dataset = add_ref_logps(dataset, ref_model, collator, batch_size, process)
     if process[0] == 0: _save(path, dataset, about)
     return dataset

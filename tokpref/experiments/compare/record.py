@@ -7,7 +7,6 @@ __all__ = ['write_json', 'read_json', 'fingerprint', 'own_settings', 'versions',
            'digests', 'data_digests', 'merge_records']
 
 # %% ../../../nbs/experiments/compare/03_record.ipynb #eb45e15b
-import functools
 import hashlib
 import importlib.metadata
 import json
@@ -23,16 +22,14 @@ from transformers.utils.hub import cached_file, extract_commit_hash
 
 from ... import __version__
 from ...data.sources import LOADERS, Loader, data_root, find_loader
+from ...files import SEAL, sha256_of, write_whole
 from ...models import local_model
 from .problem import RunConfig
 
 # %% ../../../nbs/experiments/compare/03_record.ipynb #ce652f89
 def write_json(path: Path, value) -> None:
-    "Write in one go: a file that exists is a whole file."
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(value, indent=1), encoding="utf-8")
-    part.replace(path)
+    "Write in one go: a file that exists is a whole file. Errors as `whole_file`."
+    write_whole(path, json.dumps(value, indent=1))
 
 
 def read_json(path: Path) -> Any:
@@ -68,20 +65,10 @@ def hardware() -> dict:
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None}
 
 # %% ../../../nbs/experiments/compare/03_record.ipynb #451d6cc5
-@functools.lru_cache
-def _file_digest(path: str, size: int, changed: int) -> str:
-    "Of a file that has this size and was last changed then: it is read once."
-    found = hashlib.sha256()
-    with open(path, "rb") as file:
-        while part := file.read(2**20): found.update(part)
-    return found.hexdigest()
-
-
 def _digests_of(files: Iterable[Path], folder: Path) -> list[list[str]]:
     "Place and digest of each file, but for those that only describe the others."
-    stats = [(path, path.stat()) for path in sorted(files) if path.is_file() and path.suffix != ".md"]
-    return [[path.relative_to(folder).as_posix(), _file_digest(str(path), stat.st_size, stat.st_mtime_ns)]
-            for path, stat in stats]
+    counted = sorted(path for path in files if path.is_file() and path.suffix != ".md" and path.name != SEAL)
+    return [[path.relative_to(folder).as_posix(), sha256_of(path)] for path in counted]
 
 
 def _folder_digest(folder: Path) -> str:

@@ -7,7 +7,6 @@ __all__ = ['Stage', 'StageSettings', 'StageWork', 'check_stages', 'stage_chain',
 
 # %% ../../../nbs/experiments/compare/04_stages.ipynb #bb5ba02f
 import logging
-import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -17,6 +16,7 @@ from typing import Any
 from tqdm import tqdm
 
 from ...checks import nearest
+from ...files import damage, one_at_a_time, whole_folder
 from .problem import RunConfig
 from .record import data_digest, fingerprint, weights_digest
 
@@ -117,8 +117,19 @@ class Preparation:
         place = self.place(name)
         stage = self.stages[name]
         if stage.read is None: return stage.make(self._work(name, self.folder))
-        if not place.exists(): _make_files(stage, self._work(name, place.with_name(place.name + ".part")), place)
+        if not place.exists() or damage(place):
+            with one_at_a_time(place, _log.warning): self._make(stage, place)
         return stage.read(self._work(name, place))
+
+    def _make(self, stage: Stage, place: Path) -> None:
+        "Make the files of a stage in a folder beside, say so, and give the folder its name."
+        if wrong := damage(place): _log.warning("%s: %s; it is made again", place.name, wrong)
+        elif place.exists(): return     # another process made them
+        seed = f", seed {self.seed}" if stage.each_seed else ""
+        with whole_folder(place, place.with_name(place.name + ".part")) as part:
+            line = f"{stage.name}{seed}: {stage.make(self._work(stage.name, part))}"
+            _log.info(line)
+            if self.progress: tqdm.write(line, file=sys.stderr)
 
     def _work(self, name: str, folder: Path) -> StageWork:
         "What the functions of a stage are given."
@@ -130,14 +141,3 @@ class Preparation:
             raise ValueError(f"stage {name!r} uses {other!r} and does not say that it comes after it")
 
         return StageWork(StageSettings(name, self.config, settings), folder, self.seed, self.progress, value_of)
-
-# %% ../../../nbs/experiments/compare/04_stages.ipynb #6b12e041
-def _make_files(stage: Stage, work: StageWork, place: Path) -> None:
-    "Make the files of a stage in `work.folder`, say so, and give the folder its name."
-    shutil.rmtree(work.folder, ignore_errors=True)
-    work.folder.mkdir(parents=True)
-    seed = f", seed {work.seed}" if stage.each_seed else ""
-    line = f"{stage.name}{seed}: {stage.make(work)}"
-    _log.info(line)
-    if work.progress: tqdm.write(line, file=sys.stderr)
-    work.folder.rename(place)

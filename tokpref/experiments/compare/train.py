@@ -23,6 +23,7 @@ from tqdm import tqdm
 from transformers import PrinterCallback, Trainer
 
 from ...data import prepare
+from ...files import whole_folder
 from ...training import PreferenceConfig, PreferenceTrainer
 from .labels import LossRun
 from .measure import PathCallback, as_trained, kept_answers, measure, peak_memory_mb, reset_peak_memory
@@ -90,8 +91,9 @@ def train_with_loss(
 # %% ../../../nbs/experiments/compare/06_train.ipynb #490bdb21
 def save_policy(model: Any, tokenizer: Any, folder: Path) -> None:
     "A trained policy as `load_model` and `load_tokenizer` read it; of an adapter the adapter alone."
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    with whole_folder(folder) as part:
+        model.save_pretrained(part)
+        tokenizer.save_pretrained(part)
 
 
 def train_one(

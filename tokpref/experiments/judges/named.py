@@ -6,13 +6,12 @@
 __all__ = ['open_judge']
 
 # %% ../../../nbs/experiments/judges/03_named.ipynb #594b0123
-import json
 import re
 from pathlib import Path
 
 from .endpoint import BETTER_ANSWER, EndpointJudge
 from .reward_model import RewardJudge
-from .verdicts import CachedJudge, judge_name, longer_is_better
+from .verdicts import CachedJudge, judge_name, longer_is_better, read_line
 
 # %% ../../../nbs/experiments/judges/03_named.ipynb #7f8a6b66
 def open_judge(
@@ -43,7 +42,8 @@ def _endpoint(spec: str, template: str) -> EndpointJudge:
 def _recorded(path: Path) -> CachedJudge:
     "The judge whose verdicts are in a file. Raises `ValueError` unless they are of one judge."
     if not path.is_file(): raise FileNotFoundError(f"no file {path}: record verdicts with another judge first")
-    names = {json.loads(line)["judge"] for line in path.read_text(encoding="utf-8").splitlines() if line}
+    entries = [read_line(line) for line in path.read_bytes().split(b"\n") if line]
+    names = {entry["judge"] for entry in entries if entry is not None}      # a broken line is told when it is read
     if len(names) != 1:
         raise ValueError(f"{path.name} holds the verdicts of {len(names)} judges: keep one file a judge")
     return CachedJudge(None, path, names.pop())

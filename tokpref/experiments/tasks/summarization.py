@@ -20,6 +20,7 @@ from torch import nn
 
 from ...data import load_texts
 from ...evaluation import sample
+from ...files import write_whole
 from ...precision import autocast
 from ..compare import Problem, Task, read_json, read_profiles, write_json
 from ..compare.stages import Preparation, Stage, StageWork
@@ -142,10 +143,9 @@ def _with_pairs(config: SummarizationConfig, folder: Path) -> SummarizationConfi
     "The configuration with made-up posts, if it asks for them, written to a file that loads like any dataset."
     if config.source != "made-up": return config
     path = folder / "made-up-posts.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
     posts = made_up_posts(300, config.data_seed)
     rows = [{name: post[name] for name in ("prompt", "chosen", "rejected")} for post in posts]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
     return replace(config, source=str(path))
 
 # %% ../../../nbs/experiments/tasks/03_summarization.ipynb #1499e37d
