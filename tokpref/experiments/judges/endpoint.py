@@ -97,7 +97,7 @@ _IN_A_ROW = 8       # questions without a reply, after which nobody seems to be 
 
 
 def _verdicts(waiting: list[Future], most: int) -> list[float | None]:
-    "What came of each question; None where nothing did. Raises the first error after `most` in a row, or where all fail."
+    "What came of each question, None where nothing did. Raises the first error after `most` in a row, or of all."
     verdicts: list[float | None] = [None] * len(waiting)
     place = {future: i for i, future in enumerate(waiting)}
     failures: list[OSError] = []
@@ -137,7 +137,7 @@ class EndpointJudge:
     tries: int = 6                          # of one request, before giving up
     pause: float = 1.0                      # seconds before the second try; doubled each time, at most a minute
     longest_wait: float = 600.0             # seconds; a server that asks for more is not asked again
-    reasons: Counter = field(default_factory=Counter, repr=False, compare=False)    # why there was no verdict, how often
+    reasons: Counter = field(default_factory=Counter, repr=False, compare=False)    # why there was no verdict
 
     def __post_init__(self):
         for name in ("prompt", "first", "second"):
@@ -195,7 +195,8 @@ def post(request: urllib.request.Request, judge: EndpointJudge, pace: Pace) -> A
             if error.code not in _WAIT_AND_TRY and error.code < 500: break
             asked = asked_to_wait(error.headers.get("Retry-After"))
             if asked is not None and asked > judge.longest_wait:
-                raise PermissionError(f"{judge.url} asks to wait {asked:.0f} seconds ({why}): run it again then") from None
+                then = f"asks to wait {asked:.0f} seconds"
+                raise PermissionError(f"{judge.url} {then} ({why}): run it again after that") from None
             if asked is not None: pace.rest(asked)      # everybody
             if asked is not None: wait = judge.pause * random.uniform(0.0, 1.0)
         except (OSError, ValueError, http.client.HTTPException) as error:

@@ -165,7 +165,8 @@ def _ask(judge: Callable, name: str, batch: list, record: _Record) -> int:
                for (prompt, first, second), verdict in zip(batch, verdicts, strict=True) if verdict is not None]
     if entries: record.add(entries)
     if broken is not None:
-        _log.warning("%s: stopped; %d verdicts are kept in %s", name, len(record.verdicts) + len(entries), record.path.name)
+        kept = len(record.verdicts) + len(entries)
+        _log.warning("%s: stopped; %d verdicts are kept in %s", name, kept, record.path.name)
         raise broken
     return len(batch) - len(entries)
 
