@@ -121,7 +121,7 @@ def _read(path: Path, dataset: Dataset, about: dict[str, str]) -> Dataset | None
         lengths = {side: [len(ids) for ids in dataset[f"{side}_ids"]] for side in _SIDES}
         for side, values in flat.items():
             if sum(lengths[side]) == len(values): continue
-            raise ValueError(f"it holds {len(values)} numbers for the {sum(lengths[side])} tokens of the {side} responses")
+            raise ValueError(f"{len(values)} numbers for the {sum(lengths[side])} tokens of the {side} responses")
     except (OSError, ValueError, SafetensorError) as error:
         _log.warning("%s does not read (%s): its log-probs are computed again", path.name, error)
         return None

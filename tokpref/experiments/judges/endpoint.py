@@ -123,8 +123,8 @@ class EndpointJudge:
     """A chat model behind an OpenAI-compatible URL, asked for one letter a pair.
 
     Verdicts are 1, 0, 0.5, and None for a reply without a letter or a question without a reply; `reasons` counts these.
-    Raises `PermissionError` without a key, and `ConnectionError` where many questions in a row get no reply, or all; the
-    verdicts that are there are in the error's `verdicts`.
+    Raises `PermissionError` without a key, and `ConnectionError` where many questions in a row get no reply, or all;
+    the verdicts that are there are in the error's `verdicts`.
     """
 
     model: str                              # as the server calls it
