@@ -8,7 +8,7 @@ import torch
 from torch.autograd import gradcheck
 from torch.testing import assert_close
 
-from tokpref.losses import LOSSES, bregman_risk
+from tokpref.losses import LOSSES, BaselineHead, bregman_risk
 from tokpref.losses.batches import check_layout, message_of, padded, random_stats, rows, stats_of, token_lists
 from tokpref.losses.bregman import GENERATORS, clamp_limit
 from tokpref.losses.dpo import DIVERGENCES
@@ -466,6 +466,30 @@ def test_tbpo_refuses_an_option_of_another_variant(pair):
     assert "unknown variant 'b'" in message_of(lambda: tbpo_loss(*pair, variant="b"))
     said = message_of(lambda: tbpo_loss(*pair, variant="a_k3", baseline_clip=5.0))
     assert "baseline_clip=5.0 would be ignored: variant 'a_k3' has no learned baseline" in said
+
+
+def test_the_baseline_head_starts_at_zero_and_sends_no_gradient_back():
+    hidden = torch.randn(2, 3, 8, dtype=torch.bfloat16, requires_grad=True)
+    found = BaselineHead(8, width=16)(hidden)
+    assert found.dtype == torch.float32 and torch.equal(found, torch.zeros(2, 3))
+    assert torch.autograd.grad(found.sum(), hidden, allow_unused=True) == (None,)
+    assert isinstance(BaselineHead(8, None).layers, torch.nn.Linear) and BaselineHead(8, 0)(hidden).shape == (2, 3)
+    assert BaselineHead(8).bfloat16()(hidden).dtype == torch.float32
+    assert BaselineHead(8).double()(hidden).dtype == torch.float64
+
+
+def test_the_baseline_head_learns_and_keeps_its_precision():
+    torch.manual_seed(0)
+    head, states = BaselineHead(8, width=16), torch.randn(32, 8)
+    optimizer = torch.optim.AdamW(head.parameters(), lr=1e-2)
+    for _ in range(100):
+        error = (head(states) - states[:, 0]).square().mean()
+        optimizer.zero_grad()
+        error.backward()
+        optimizer.step()
+    assert error < 0.1 < states[:, 0].square().mean()
+    expected = head(states)
+    with torch.autocast("cpu", dtype=torch.bfloat16): assert torch.equal(head(states), expected)
 
 
 def test_tbpo_refuses_a_pair_without_a_shared_position(pair):

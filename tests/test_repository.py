@@ -96,6 +96,24 @@ def test_a_derivation_has_all_that_the_reader_was_promised(path):
     assert len(re.findall(r"\{#eq-", words)) >= 3 and len(re.findall(r"\bassert", code)) >= 8
 
 
+def reading(path):
+    "Words outside formulas, links' addresses and code; lines of code that are not plumbing; minutes that both take."
+    prose = "\n".join(cell.source for cell in cells(path, "markdown"))
+    plain = re.sub(r"\$\$.*?\$\$|\$[^$]*\$|\]\([^)]*\)|</?[a-z]+>", " ", prose, flags=re.S)
+    lines = [line for cell in cells(path, "code") for line in cell.source.splitlines() if line.strip()]
+    words, lines = len(re.findall(r"\w[\w'-]*", plain)), len([line for line in lines if not line.startswith("#|")])
+    return words, lines, words / 120 + lines / 25
+
+
+@every(DERIVATIONS)
+def test_a_derivation_is_as_long_as_it_says(path):
+    "120 words and 25 lines of code a minute: slow enough for a reader whose third language is English."
+    words, lines, minutes = reading(path)
+    stated = int(re.search(r"\*\*Time:\*\* (\d+) minutes to read", cells(path, "markdown")[1].source)[1])
+    assert len(nbformat.read(path, as_version=4).cells) <= 105 and words <= 3500, f"{words} words: cut, or split"
+    assert abs(stated - minutes) <= 5, f"{words} words and {lines} lines are {minutes:.0f} minutes"
+
+
 WHOLE = {"nbs/library/training/03_trainer.ipynb": "class PreferenceTrainer"}  # one class, to be read from top to bottom
 
 

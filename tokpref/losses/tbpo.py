@@ -9,7 +9,6 @@ __all__ = ['TBPO_LOSSES', 'shared_positions', 'kl_from_sample', 'token_scores', 
 import torch
 from torch import Tensor, nn
 
-# %% ../../nbs/derivations/07_tbpo.ipynb #be4f4c48
 from ..checks import check_known, check_positive, check_unused
 from .bregman import bregman_risk, check_generator, widen
 from .types import LossSpec, PairLoss, TokenStats, check_same_batch
