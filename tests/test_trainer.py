@@ -20,6 +20,8 @@ from transformers import (
     BloomForCausalLM,
     GPT2ForSequenceClassification,
     GPT2Model,
+    LlamaConfig,
+    LlamaForCausalLM,
     OPTConfig,
     OPTForCausalLM,
     T5Config,
@@ -30,7 +32,7 @@ from transformers import (
 from tokpref import LOSSES, PreferenceConfig, PreferenceTrainer, metrics, prepare
 from tokpref.engine import pair_loss
 from tokpref.losses.types import LossSpec, PairLoss
-from tokpref.models import disable_dropout, layers_of
+from tokpref.models import disable_dropout, layers_of, lora
 from tokpref.training import load_baseline_head, model_card, trl
 from tokpref.training.card import hub_name
 from tokpref.training.config import check_even, check_streams
@@ -203,6 +205,18 @@ def test_quantised_weights_need_an_adapter(make, model):
     quantised.is_quantized = True
     with pytest.raises(ValueError, match="quantised weights can't be trained: add an adapter"):
         make(dict(model=quantised))
+
+
+def test_an_adapter_on_weights_of_four_bits_is_trained_on_the_fast_ways(make, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
+    trainer = make(dict(model=str(tmp_path / "llama"), peft_config=lora(4)), model_init_kwargs={"load_in_4bit": True},
+                   logging_steps=1)
+    trainer.train()
+    assert trainer.engine == {"one_pass": True, "shared_prompt": True}
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(0.6931, abs=1e-4)
 
 
 def test_a_baseline_head_beside_sharded_weights_is_refused(model):
