@@ -29,7 +29,7 @@ def _add_import(parser: argparse.ArgumentParser) -> None:
 
 def _add_source(parser: argparse.ArgumentParser, split: str) -> None:
     parser.add_argument(
-        "--data", help="hub id, loader name, folder, or .jsonl/.json/.csv/.tsv/.parquet file; see `tokpref data --list`")
+        "--data", help="hub id, loader name, folder, or .jsonl, .json, .csv, .tsv, .parquet; see `tokpref data --list`")
     parser.add_argument("--split", help=f"which split, or a slice such as 'train[:1000]' (default: {split})")
     parser.add_argument("--config-name", help="configuration of a hub dataset that has several")
     parser.add_argument("--data-dir", help="folder inside the dataset, such as harmless-base of Anthropic/hh-rlhf")
