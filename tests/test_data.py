@@ -23,7 +23,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from tokpref.data import LOADERS, Loader, PreferenceCollator, describe_row, load_preferences, load_texts, prepare
 from tokpref.data.formats import PARTS
 from tokpref.data.prepare import encode_batch
-from tokpref.data.tokens import continue_ids, shorten_chat
+from tokpref.data.tokens import continue_ids, fit_pair, shorten_chat
 
 disable_progress_bars()
 WORDS = [
@@ -1010,3 +1010,10 @@ def test_a_row_may_bring_arguments_of_the_chat_template(tokenizer):
     assert [tokenizer.decode(row["prompt_ids"])[0] for row in rows] == ["A", "B"]
     with pytest.raises(ValueError, match="row 0: chat_template_kwargs must be a dictionary"):
         prepare([{**chat, "chat_template_kwargs": "mark=A"}], tokenizer)
+
+
+@pytest.mark.parametrize("swap", [False, True])
+def test_a_prompt_makes_room_for_the_longer_response(swap):
+    sides = [[1], [2] * 6]
+    kept, room = fit_pair(list(range(10)), *(sides[::-1] if swap else sides), 12, max_prompt_length=None, begin=[])
+    assert kept == list(range(4, 10)) and room == 6

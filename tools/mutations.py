@@ -160,7 +160,7 @@ HARNESS = [
 ]
 TESTS = {
     "losses": (LOSSES, ["tests/test_losses.py", "tests/test_more_losses.py"]),
-    "engine": (ENGINE, ["tests/test_engine.py", "tests/test_trainer.py"]),
+    "engine": (ENGINE, ["tests/test_fuzz.py", "tests/test_engine.py", "tests/test_trainer.py"]),
     "data": (DATA, ["tests/test_data.py"]),
     "evaluation": (EVALUATION, ["tests/test_evaluation.py", "tests/test_trainer.py"]),
     "trainer": (TRAINER, ["tests/test_trainer.py"]),
@@ -205,7 +205,7 @@ def run_tests(folder: Path, tests: list[str], log: Path) -> bool:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     sys.path[:] = [str(folder), *(path for path in sys.path if Path(path).resolve() != ROOT)]
-    os.environ["PYTHONPATH"] = str(folder)
+    os.environ.update(PYTHONPATH=str(folder), TOKPREF_DRAWS="20")
     import pytest
     code = 3
     try: code = pytest.main([*tests, "-x", "-q", "-p", "no:cacheprovider", "--no-header", "--tb=line"])
