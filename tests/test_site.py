@@ -249,7 +249,7 @@ def found_first(browser, words: str) -> str:
 def test_search_finds_what_a_person_means(site, browser):
     show(browser, address(site, site[1][0]))
     for words, wanted in (
-        ("tdpo2", "use.html"), ("my model", "use.html"),
+        ("tdpo2", "use.html"), ("my model", "use.html"), ("own data", "use.html"), ("custom loss", "use.html"),
         ("adpo", "derivations/adpo.html"), ("two optima", "derivations/token_mdp.html"),
         ("sentiment", "experiments/tasks/sentiment.html"),
         ("model card", "library/training/card.html"), ("command line", "library/cli/commands.html"),
@@ -507,6 +507,27 @@ def test_a_chain_of_lines_becomes_narrow():
         r"& \quad = \begin{cases} 1 & 2 \\ 3 & 4 \end{cases}\end{aligned}\tag{3}"
     )
     assert narrow(r"a = b") is None and narrow(r"x = \begin{aligned} a &= b \end{aligned}") is None
+
+
+def test_tables_of_sentences_are_whole_on_a_phone(site, browser):
+    cut = """return [...document.querySelectorAll('.box.table')].filter(box => box.querySelector('td.long'))
+        .map(box => [box.classList.contains('stack'), box.firstElementChild]).filter(([, s]) => s.clientWidth)
+        .map(([stacked, s]) => [stacked, s.scrollWidth > s.clientWidth + 2])"""
+    source = "library/training/03_trainer.ipynb"
+    try:
+        phone(browser, site, source)
+        settled(browser, "return document.querySelector('.stack')")
+        assert not [stacked for stacked, is_cut in browser.execute_script(cut) if is_cut]
+        label = "return getComputedStyle(document.querySelector('.stack td:last-child'), '::before').content"
+        assert browser.execute_script(label).startswith('"what it is')
+    finally: width(browser, 1400)
+    settled(browser, "return !document.querySelector('.stack')")
+
+
+def test_options_keep_their_two_dashes(site):
+    page = next(page for page in site[1] if page.source == "library/cli/02_commands.ipynb")
+    told = re.sub(r"<[^>]+>", "", article(site, page))
+    assert "--eval-split" in told and not re.search(r"[–—][a-z]{2,}", told)
 
 
 def test_folded_checks_open_by_keyboard(site, browser):

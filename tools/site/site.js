@@ -44,7 +44,17 @@ for (const block of $$(".box.code")) {
 
 // What is wider than the page: its box shows where it goes on, and the keyboard reaches it
 const kinds = { code: "Code", out: "Output", table: "Table", math: "Formula" };
+// A table of sentences that is too wide for a phone: its rows one below the other, each cell with its heading before it
+const small = matchMedia("(max-width: 56rem)");
+function stack(box, table) {
+  const heads = $$("thead th", table).map((head) => head.textContent.trim());
+  for (const row of $$("tbody tr", table)) [...row.cells].forEach((cell, i) => { if (heads[i]) cell.dataset.label = heads[i]; });
+  box.classList.add("stack");
+}
+small.addEventListener("change", () => $$(".stack").forEach((box) => box.classList.remove("stack")));
 function measure(scroller) {
+  const table = small.matches && $("table", scroller), wide = () => scroller.scrollWidth > scroller.clientWidth + 2;
+  if (table && scroller.clientWidth && $("td.long", table) && wide()) stack(scroller.closest(".box"), table);
   const { scrollLeft, scrollWidth, clientWidth } = scroller, box = scroller.closest(".box");
   const more = [scrollLeft > 2 && "left", scrollLeft + clientWidth < scrollWidth - 2 && "right"].filter(Boolean).join(" ");
   if (more) box.dataset.more = more; else delete box.dataset.more;
@@ -165,7 +175,8 @@ function entry(hit) {
 async function search() {
   const text = query.value.trim();
   if (text) {
-    const found = rank((await ready()).search(text), text).slice(0, 12);
+    const all = (await ready()).search(text), hits = all.length ? all : (await ready()).search(text, { combineWith: "OR" });
+    const found = rank(hits, text).slice(0, 12);
     if (text !== query.value.trim()) return;
     results.replaceChildren(...found.map(entry));
     if (!found.length) results.replaceChildren(made("p", { textContent: "nothing found", className: "none" }));
