@@ -44,7 +44,7 @@ CALLOUT = re.compile(
 REFERENCE = re.compile(r"(?<![\w`@/])@((?:eq|fig|sec|tbl)-[\w-]*\w)")
 NAME_LINK = re.compile(r"\[(`[^`\n]+`)\]\([^)\s]*\)")         # nbdev links a name, in a link of ours too
 LINK_IN_LINK = re.compile(r"\[((?:[^\[\]]*\[`[^`\n]+`\]\([^)\s]*\))+[^\[\]]*)\]\(")
-OPTION = re.compile(r"(?<![-\w!\\|:])--(?=[a-z][\w-]*)")         # of a command, in a text: pandoc would make a dash of it
+OPTION = re.compile(r"(?<![-\w!\\|:])--(?=[a-z][\w-]*)")     # of a command, in a text, where pandoc makes dashes
 GLOSSARY = "derivations/words.ipynb"
 
 
