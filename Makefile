@@ -14,7 +14,7 @@ QUIET  := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false TQ
 RECIPE := settings.ini setup.py pyproject.toml $(CONSTRAINTS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-min test-new pins check test-notebooks test-python nb prepare notebooks results site test-site colab \
+.PHONY: help demo test test-faults test-min test-new pins check test-notebooks test-python nb prepare notebooks results site test-site colab \
         dist bench gpu gpu-data hooks clean model mutations
 .NOTPARALLEL:
 
@@ -36,6 +36,9 @@ test-notebooks: $(VENV)/.dev  ## run the notebooks' own tests, two at a time
 
 test-python: $(VENV)/.dev  ## run pytest on tests/, two files at a time
 	@$(QUIET) $(BIN)/python -m pytest tests --numprocesses $(WORKERS) --dist loadfile
+
+test-faults: $(VENV)/.dev  ## thirty kills of everything that writes, 200,000 rows, a hundred runs, a judge asked a thousand times
+	@$(QUIET) TOKPREF_FAULTS=1 $(BIN)/python -m pytest tests/test_faults.py -s
 
 nb: $(VENV)/.dev  ## while writing one notebook: export, lint, run, store, clean it (NB=nbs/derivations/02_dpo.ipynb)
 	@$(QUIET) $(BIN)/python tools/nb.py $(NB)

@@ -8,7 +8,9 @@ __all__ = ['PreferenceTrainer']
 # %% ../../nbs/library/training/03_trainer.ipynb #fcd11c79
 import contextlib
 import functools
+import logging
 import os
+import shutil
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,6 +22,7 @@ from transformers import Trainer, set_seed
 from ..data import PreferenceCollator, PrepReport
 from ..engine.one_pass import BatchLoss, pair_loss
 from ..engine.packing import split_by_tokens
+from ..files import checkpoint_damage, last_checkpoint, seal, telling, whole_file, whole_files, write_whole
 from ..losses.registry import LossSpec, check_loss
 from ..metrics import RunningAverages, learning_signal, pair_metrics
 from ..models import disable_dropout, has_adapter, max_positions, reference_of
@@ -27,6 +30,9 @@ from . import setup
 from .card import model_card
 from .config import PreferenceConfig, check_even, check_streams
 from .reference import MovingReference, check_movable, choose_reference, shard_reference
+
+# %% ../../nbs/library/training/03_trainer.ipynb #17a6bb64
+_log = logging.getLogger(__name__)
 
 # %% ../../nbs/library/training/03_trainer.ipynb #848ece6d
 class PreferenceTrainer(Trainer):
@@ -248,12 +254,40 @@ class PreferenceTrainer(Trainer):
         return optimizer
 
     def _save(self, output_dir: str | None = None, state_dict=None) -> None:
-        super()._save(output_dir, state_dict)
-        if not self.args.should_save: return
         folder = Path(output_dir or self.args.output_dir or ".")
-        (folder / "README.md").write_text(model_card(self), encoding="utf-8")
-        if self.baseline_head is not None:
-            save_file(self.accelerator.unwrap_model(self.baseline_head).state_dict(), folder / setup.BASELINE_FILE)
+        if not self.args.should_save: return super()._save(str(folder), state_dict)
+        with whole_files(folder) as part:
+            super()._save(str(part), state_dict)
+            (part / "README.md").write_text(model_card(self), encoding="utf-8")
+            if self.baseline_head is not None:
+                save_file(self.accelerator.unwrap_model(self.baseline_head).state_dict(), part / setup.BASELINE_FILE)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save: shutil.rmtree(folder, ignore_errors=True)     # that of another run, or half of one
+        self.accelerator.wait_for_everyone()
+        with telling(folder): super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save and folder.is_dir(): seal(folder)
+
+    def save_state(self) -> None:
+        "As in `transformers.Trainer`, in one go."
+        if not self.is_world_process_zero(): return
+        with whole_file(Path(self.args.output_dir or ".") / "trainer_state.json") as part:
+            self.state.save_to_json(str(part))
+
+    def train(self, resume_from_checkpoint: Any = None, *args, **kwargs) -> Any:
+        """As in `transformers.Trainer`; `True` goes on from the newest whole checkpoint, or starts from the beginning.
+
+        Raises `ValueError` for a checkpoint by name that is not whole.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_checkpoint(self.args.output_dir or ".", _log.warning)
+            if resume_from_checkpoint is None: _log.warning("no checkpoint yet: training starts from the beginning")
+        elif resume_from_checkpoint and Path(resume_from_checkpoint).is_dir():
+            wrong = checkpoint_damage(resume_from_checkpoint)
+            if wrong: raise ValueError(f"{Path(resume_from_checkpoint).name}: {wrong}: go on from an older one")
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def create_model_card(self, language=None, license=None, tags=None, model_name=None, finetuned_from=None,
                           tasks=None, dataset_tags=None, dataset=None, dataset_args=None) -> None:
@@ -264,8 +298,7 @@ class PreferenceTrainer(Trainer):
         more = {"language": language, "license": license, "datasets": dataset}
         if finetuned_from is not None: more["base_model"] = finetuned_from
         tags = [tags] if isinstance(tags, str) else tags or []
-        path = Path(self.args.output_dir or ".") / "README.md"
-        path.write_text(model_card(self, tags, **more), encoding="utf-8")
+        write_whole(Path(self.args.output_dir or ".") / "README.md", model_card(self, tags, **more))
 
     def load_head(self, folder: str | os.PathLike) -> None:
         "The weights of the baseline head from a checkpoint; nothing for a loss that has none."

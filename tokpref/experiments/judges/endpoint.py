@@ -18,7 +18,7 @@ import urllib.error
 import urllib.request
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -99,21 +99,20 @@ _IN_A_ROW = 8       # questions without a reply, after which nobody seems to be 
 def _verdicts(waiting: list[Future], most: int) -> list[float | None]:
     "What came of each question, None where nothing did. Raises the first error after `most` in a row, or of all."
     verdicts: list[float | None] = [None] * len(waiting)
-    place = {future: i for i, future in enumerate(waiting)}
     failures: list[OSError] = []
-    in_a_row = 0
-    for future in as_completed(waiting):
+    in_a_row, stopped = 0, False
+    for place, future in enumerate(waiting):
         if future.cancelled(): continue
-        try: verdicts[place[future]], in_a_row = future.result(), 0
+        try: verdicts[place], in_a_row = future.result(), 0
         except OSError as error:
             failures.append(error)
             in_a_row += 1
-            if in_a_row >= most or isinstance(error, PermissionError):
-                for other in waiting: other.cancel()
-    stopped = any(future.cancelled() for future in waiting) or len(failures) == len(waiting) > 0
-    refused = next((error for error in failures if isinstance(error, PermissionError)), None)
-    if not stopped and refused is None: return verdicts
-    worst: Any = refused or failures[0]
+            if in_a_row < most and not isinstance(error, PermissionError): continue
+            stopped = True
+            for other in waiting: other.cancel()
+    if not stopped and (not failures or len(failures) < len(waiting)): return verdicts
+    refused = [error for error in failures if isinstance(error, PermissionError)]
+    worst: Any = (refused or failures)[0]
     worst.verdicts = verdicts       # they are paid for
     raise worst from None
 

@@ -15,8 +15,8 @@ from datasets import Dataset
 from peft import LoraConfig
 from torch import nn
 from transformers import DataCollatorForSeq2Seq, PrinterCallback, Trainer, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
+from ...files import last_checkpoint
 from ...models import add_adapter, disable_dropout, lora
 from ...precision import Precision
 
@@ -67,7 +67,7 @@ def sft(
     trainer = Trainer(model, arguments, DataCollatorForSeq2Seq(tokenizer), rows, processing_class=tokenizer)
     disable_dropout(model)
     trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if Path(folder).is_dir() else None)
+    trainer.train(resume_from_checkpoint=last_checkpoint(folder))
     tuned: Any = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     if config.lora_rank: tuned = tuned.merge_and_unload()
     return tuned.eval()

@@ -1,0 +1,429 @@
+"""Kills, full disks, two writers, damaged files, large data: nothing is lost, and nothing that is broken is trusted.
+
+A short version runs with the other tests; `make test-faults` (TOKPREF_FAULTS=1) kills thirty times and uses large data.
+"""
+
+import contextlib
+import copy
+import json
+import os
+import random
+import resource
+import signal
+import threading
+import time
+import traceback
+import tracemalloc
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from safetensors import safe_open
+
+from tokpref import PreferenceConfig, PreferenceTrainer, prepare
+from tokpref.data import PreferenceCollator
+from tokpref.engine.packing import pack_rows
+from tokpref.engine.reference import cached_ref_logps
+from tokpref.experiments.compare import compare
+from tokpref.experiments.judges import CachedJudge, EndpointJudge
+from tokpref.files import SEAL, damage, last_checkpoint, one_at_a_time, whole_file, whole_folder, write_whole
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+
+SLOW = os.environ.get("TOKPREF_FAULTS") == "1"
+KILLS = 30 if SLOW else 3
+QUICK = {"steps": 3, "eval_steps": 2, "pretrain_steps": 10, "pairs": 64, "eval_pairs": 16, "letters": 3}
+PAIRS = [{"prompt": f"say {word} ", "chosen": word + "!", "rejected": other + ", never"}
+         for word in ("yes", "no") for other in ("maybe", "but", "go")]
+
+
+def in_child(work, folder, kill_after=None):
+    "Run `work(folder)` in a process of its own; its exit code, or -9 if it was killed first."
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            os.chdir(folder)
+            torch.set_num_threads(1)
+            work(folder)
+            code = 0
+        except BaseException: traceback.print_exc()
+        finally: os._exit(code)
+    if kill_after is not None:
+        time.sleep(kill_after)
+        with contextlib.suppress(ProcessLookupError): os.kill(child, signal.SIGKILL)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def assert_whole(folder):
+    "No file under its own name is half-written; what a process was busy with has another name."
+    for path in folder.rglob("*"):
+        busy = any(part.endswith((".part", ".lock")) for part in path.relative_to(folder).parts)
+        unfinished = any(part.startswith("checkpoint-") for part in path.relative_to(folder).parts)
+        if not path.is_file() or busy or unfinished: continue
+        if path.suffix == ".json": json.loads(path.read_text(encoding="utf-8"))
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt") as file: assert list(file.keys())
+    for sealed in folder.rglob(SEAL):       # an old checkpoint may be half removed: it is told by its seal, and left out
+        if not sealed.parent.name.startswith("checkpoint-"): assert damage(sealed.parent) == ""
+
+
+def killed_and_finished(work, result, tmp_path, kills=KILLS):
+    "Kill `work` at random moments, each in a folder of its own, and go on: the results, and how many were hit."
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    began = time.monotonic()
+    assert in_child(work, whole) == 0
+    lasts, hit, expected, rng = time.monotonic() - began, 0, result(whole), random.Random(0)
+    for i in range(kills):
+        folder = tmp_path / f"killed{i}"
+        folder.mkdir()
+        hit += in_child(work, folder, kill_after=rng.uniform(0, lasts)) == -signal.SIGKILL
+        assert_whole(folder)
+        assert in_child(work, folder) == 0
+        assert_whole(folder)
+        assert not list(folder.rglob(".*.part")), "what a killed process left behind is removed"
+        assert result(folder) == expected
+    print(f"{work.__name__}: {hit} of {kills} kills hit; an uninterrupted run takes {lasts:.1f} s")
+    return hit
+
+
+# Kills
+
+def compare_toy(folder):
+    compare("toy", "smoke", losses=["dpo", "tdpo2"], out=folder, overrides=QUICK, progress=False)
+
+
+def without_times(record):
+    return [{name: run[name] for name in ("label", "seed", "metrics", "history", "log", "answers")}
+            for run in record["runs"]]
+
+
+def test_a_comparison_that_is_killed_goes_on_to_the_same_end(tmp_path):
+    killed_and_finished(
+        compare_toy, lambda folder: without_times(json.loads((folder / "comparison.json").read_text())), tmp_path)
+
+
+def test_training_that_is_killed_goes_on_to_the_same_end(tmp_path, model, tokenizer):
+    def train(folder):
+        settings: Any = dict(
+            output_dir=str(folder / "out"), report_to="none", disable_tqdm=True, use_cpu=True, max_steps=6,
+            save_steps=1, save_total_limit=2, per_device_train_batch_size=2, learning_rate=1e-2)
+        trainer = PreferenceTrainer(
+            copy.deepcopy(model), PreferenceConfig(**settings), Dataset.from_list(PAIRS), processing_class=tokenizer)
+        trainer.train(resume_from_checkpoint=True)
+        trainer.save_model()
+        trainer.save_state()
+
+    def weights(folder):
+        with safe_open(folder / "out" / "model.safetensors", "pt") as file:
+            return {name: file.get_tensor(name).tolist() for name in file.keys()}
+
+    killed_and_finished(train, weights, tmp_path)
+
+
+def test_a_cache_of_log_probs_that_is_killed_is_made_again(tmp_path, model, tokenizer):
+    rows, _ = prepare(PAIRS * 20, tokenizer, examples=0)
+    score = lambda folder: cached_ref_logps(rows, model, PreferenceCollator(0), folder, batch_size=4)
+    score.__name__ = "cached_ref_logps"
+    killed_and_finished(score, lambda folder: score(folder)["chosen_ref_logps"][:], tmp_path)
+
+
+def slow_judge(prompts, first, second):
+    time.sleep(0.01)
+    return [len(x) % 2 for x in prompts]
+
+
+def test_a_record_of_verdicts_that_is_killed_keeps_what_it_has(tmp_path):
+    prompts = [f"{i} " + "ü" * (i % 7) for i in range(60)]
+    ask = lambda folder: CachedJudge(slow_judge, folder / "v.jsonl", "j", batch_size=2, progress=False)(
+        prompts, ["a"] * 60, ["b"] * 60)
+    ask.__name__ = "CachedJudge"
+    judged = lambda folder: CachedJudge(None, folder / "v.jsonl", "j")(prompts, ["a"] * 60, ["b"] * 60)
+    assert killed_and_finished(ask, judged, tmp_path, max(KILLS, 5))
+
+
+# Damage
+
+def spoil(path, how):
+    "Cut, empty, overwrite or remove a file."
+    old = path.read_bytes()
+    if how == "gone": path.unlink()
+    else: path.write_bytes({"cut": old[:len(old) // 2], "empty": b"", "noise": b"\0" * len(old)}[how])
+
+
+@pytest.mark.parametrize("how", ["cut", "empty", "noise", "gone"] if SLOW else ["noise"])
+def test_a_damaged_file_of_a_comparison_is_made_again_with_a_word(tmp_path, caplog, how):
+    compare_toy(tmp_path)
+    expected = without_times(json.loads((tmp_path / "comparison.json").read_text()))
+    (start,) = (tmp_path / "prepared").glob("start-*")
+    spoil(start / "model.safetensors", how)
+    for path in [*(tmp_path / "runs").glob("*.json"), tmp_path / "comparison.json"]: spoil(path, how)
+    compare_toy(tmp_path)
+    assert without_times(json.loads((tmp_path / "comparison.json").read_text())) == expected
+    assert "it is made again" in caplog.text and damage(start) == ""
+
+
+@pytest.mark.parametrize("how", ["cut", "empty", "noise"])
+def test_damaged_log_probs_are_computed_again_with_a_word(tmp_path, model, tokenizer, caplog, how):
+    rows, _ = prepare(PAIRS, tokenizer, examples=0)
+    score = lambda: cached_ref_logps(rows, model, PreferenceCollator(0), tmp_path)["rejected_ref_logps"][:]
+    expected = score()
+    (path,) = tmp_path.iterdir()
+    spoil(path, how)
+    assert score() == expected and "does not read" in caplog.text
+    caplog.clear()
+    assert score() == expected and not caplog.text
+
+
+def test_numbers_that_were_changed_in_a_cache_are_not_trusted(tmp_path, model, tokenizer, caplog):
+    rows, _ = prepare(PAIRS, tokenizer, examples=0)
+    expected = cached_ref_logps(rows, model, PreferenceCollator(0), tmp_path)["chosen_ref_logps"][:]
+    (path,) = tmp_path.iterdir()
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 64      # a number at the end; the header stays
+    path.write_bytes(bytes(data))
+    again = cached_ref_logps(rows, model, PreferenceCollator(0), tmp_path)["chosen_ref_logps"][:]
+    assert again == expected and "its sum is another" in caplog.text
+
+
+@pytest.mark.parametrize("line", ["5", "{}", '{"judge": "j"', "\x00\x01", '{"judge": "j", "prompt": "p", "first": "a", '
+                                  '"second": "b", "verdict": "yes"}', '{"judge": "j", "prompt": "p", "first": "a", '
+                                  '"second": "b", "verdict": 7}'])
+def test_a_line_that_is_no_verdict_is_asked_again(tmp_path, caplog, line):
+    (tmp_path / "v.jsonl").write_text(line + "\n")
+    judge = CachedJudge(lambda *_: [0.25], tmp_path / "v.jsonl", "j", progress=False)
+    assert judge(["p"], ["a"], ["b"]) == [0.25] and "broken line is skipped" in caplog.text
+
+
+# A disk that is full or closed
+
+@contextlib.contextmanager
+def small_disk(most):
+    "Inside, no file may grow beyond `most` bytes, as on a disk that is full."
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
+    try: yield
+    finally: resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_is_one_sentence_and_what_was_there_stays(tmp_path, model, tokenizer):
+    path = tmp_path / "record.json"
+    write_whole(path, "old")
+    with small_disk(1000), pytest.raises(OSError, match="record.json could not be written, a file may not grow"):
+        write_whole(path, "x" * 5000)
+    assert path.read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+
+    ask = CachedJudge(lambda prompts, *_: [0.5] * len(prompts), tmp_path / "v.jsonl", "j", progress=False)
+    ask(["p"], ["a"], ["b"])
+    before = (tmp_path / "v.jsonl").read_bytes()
+    with small_disk(1000), pytest.raises(OSError, match="v.jsonl could not be written"): ask(["q" * 5000], ["a"], ["b"])
+    assert (tmp_path / "v.jsonl").read_bytes() == before
+
+    rows, _ = prepare(PAIRS * 20, tokenizer, examples=0)
+    with small_disk(1000), pytest.raises(OSError, match="ref-logps.* could not be written"):
+        cached_ref_logps(rows, model, PreferenceCollator(0), tmp_path / "cache")
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def test_a_full_disk_in_training_keeps_the_checkpoint_before(tmp_path, model, tokenizer):
+    def trainer(**more):
+        settings: Any = dict(output_dir=str(tmp_path / "out"), report_to="none", disable_tqdm=True, use_cpu=True,
+                             save_steps=1, per_device_train_batch_size=2)
+        return PreferenceTrainer(copy.deepcopy(model), PreferenceConfig(**{**settings, **more}),
+                                 Dataset.from_list(PAIRS), processing_class=tokenizer)
+    trainer(max_steps=1).train()
+    more = trainer(max_steps=2)
+    with small_disk(100_000), pytest.raises(OSError, match="checkpoint-2.* could not be written"):
+        more.train(resume_from_checkpoint=True)
+    assert last_checkpoint(tmp_path / "out") == str(tmp_path / "out" / "checkpoint-1")
+    with small_disk(50_000_000): trainer(max_steps=2).train(resume_from_checkpoint=True)
+    assert last_checkpoint(tmp_path / "out") == str(tmp_path / "out" / "checkpoint-2")
+
+
+def test_a_folder_that_is_closed_is_one_sentence(tmp_path, monkeypatch):
+    write_whole(tmp_path / "record.json", "old")
+    def closed(*args): raise PermissionError(13, "Permission denied", str(tmp_path / "record.json"))
+    monkeypatch.setattr("tokpref.files.os.replace", closed)     # tests may run as root, who may write anywhere
+    with pytest.raises(OSError, match="record.json could not be written, writing is not allowed there: mend that"):
+        write_whole(tmp_path / "record.json", "new")
+    assert (tmp_path / "record.json").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_an_input_that_may_not_be_read_is_not_taken_for_a_full_disk(tmp_path):
+    with pytest.raises(PermissionError, match="secret"), whole_folder(tmp_path / "model"):
+        raise PermissionError(13, "Permission denied", "/elsewhere/secret")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_checkpoint_that_was_cut_is_left_out_with_a_word(tmp_path):
+    for step in (2, 10):
+        with whole_folder(tmp_path / f"checkpoint-{step}") as part:
+            (part / "trainer_state.json").write_text("{}")
+            (part / "optimizer.pt").write_bytes(bytes(100))
+    said = []
+    assert last_checkpoint(tmp_path, said.append) == str(tmp_path / "checkpoint-10") and not said
+    spoil(tmp_path / "checkpoint-10" / "optimizer.pt", "cut")
+    (tmp_path / "checkpoint-12").mkdir()
+    assert last_checkpoint(tmp_path, said.append) == str(tmp_path / "checkpoint-2")
+    assert [line.split()[0] for line in said] == ["checkpoint-12", "checkpoint-10"]
+
+
+# Two processes
+
+def test_two_comparisons_in_one_folder_end_alike(tmp_path):
+    children = []
+    for _ in range(2):
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                compare_toy(tmp_path)
+                code = 0
+            finally: os._exit(code)
+        children.append(child)
+    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0, 0]
+    record = json.loads((tmp_path / "comparison.json").read_text())
+    assert len(record["runs"]) == 2 and len(list((tmp_path / "runs").iterdir())) == 2
+    assert len(list((tmp_path / "prepared").iterdir())) == 1
+
+
+def test_the_lock_of_a_killed_process_is_open(tmp_path):
+    def hold(folder):
+        with one_at_a_time(folder / "x"): os.kill(os.getpid(), signal.SIGKILL)
+
+    assert in_child(hold, tmp_path) == -signal.SIGKILL and (tmp_path / ".x.lock").exists()
+    with one_at_a_time(tmp_path / "x", lambda line: pytest.fail(line)): pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_many_writers_of_one_file_leave_a_whole_one(tmp_path):
+    def write(folder):
+        for i in range(20):
+            with whole_file(folder / "x.json") as part: part.write_text(json.dumps([os.getpid(), i] * 2000))
+
+    children = [threading.Thread(target=in_child, args=(write, tmp_path)) for _ in range(3)]
+    for child in children: child.start()
+    while any(child.is_alive() for child in children):
+        if (tmp_path / "x.json").exists(): assert len(json.loads((tmp_path / "x.json").read_text())) == 4000
+    assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
+
+
+# Load
+
+class Handler(BaseHTTPRequestHandler):
+    "A tenth of the first requests fail: 429 with Retry-After, 500, or a line that breaks; some never get an answer."
+
+    server: Any
+
+    def log_message(self, *args): pass
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        number = int(body["messages"][0]["content"].split("|")[0])
+        with self.server.lock:
+            self.server.asked[number] += 1
+            first = self.server.asked[number] == 1
+        if number % 100 == 50: return self.send_error(500)
+        if first and number % 10 == 0:
+            if number % 30 == 0:
+                self.send_response(429)
+                self.send_header("Retry-After", "1")
+                return self.end_headers()
+            if number % 30 == 10: return self.send_error(503)
+            return self.connection.close()
+        self.send_response(200)
+        self.end_headers()
+        reply = {"choices": [{"message": {"content": "AB"[number % 2]}}]}
+        self.wfile.write(json.dumps(reply).encode())
+
+
+def test_a_judge_whose_server_stumbles_keeps_what_it_got_and_counts_the_rest(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("OPENAI_API_KEY", "secret-key")
+    rests = []
+    monkeypatch.setattr("tokpref.experiments.judges.endpoint.Pace.rest", lambda self, seconds: rests.append(seconds))
+    server: Any = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.asked, server.lock = Counter(), threading.Lock()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    calls = 1000 if SLOW else 200
+    url = f"http://127.0.0.1:{server.server_address[1]}/v1"
+    judge = EndpointJudge("tiny", url, "{prompt}|{first}|{second}", pause=0.001, tries=3, timeout=20)
+    prompts = [str(i) for i in range(calls)]
+    cached = CachedJudge(judge, tmp_path / "v.jsonl", progress=False)
+    verdicts = cached(prompts, ["a"] * calls, ["b"] * calls)
+    server.shutdown(), server.server_close()
+    lost = [i for i in range(calls) if i % 100 == 50]
+    assert verdicts == [None if i in lost else 1.0 - i % 2 for i in range(calls)]
+    assert rests == [1.0] * len([i for i in range(0, calls, 30) if i not in lost])
+    assert f"no readable answer for {len(lost)} of {calls} pairs (500: {len(lost)})" in caplog.text
+    assert len((tmp_path / "v.jsonl").read_text().splitlines()) == calls - len(lost)
+    assert "secret-key" not in caplog.text
+
+
+def test_a_server_that_goes_away_leaves_the_verdicts_it_gave(tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "any")
+    def answer(request, judge, pace):
+        content = json.loads(request.data)["messages"][0]["content"]
+        if int(content.split("|")[0]) >= 20: raise ConnectionError("gone")
+        return {"choices": [{"message": {"content": "A"}}]}
+    monkeypatch.setattr("tokpref.experiments.judges.endpoint.post", answer)
+    judge = EndpointJudge("tiny", "http://127.0.0.1:9", "{prompt}|{first}|{second}", concurrency=1)
+    with pytest.raises(ConnectionError, match="gone"):
+        CachedJudge(judge, tmp_path / "v.jsonl", progress=False)([str(i) for i in range(64)], ["a"] * 64, ["b"] * 64)
+    assert len((tmp_path / "v.jsonl").read_text().splitlines()) == 20
+
+
+def test_a_wait_is_obeyed_by_all_requests(monkeypatch):
+    from tokpref.experiments.judges import endpoint
+    now, slept = [100.0], []
+    monkeypatch.setattr(endpoint.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(endpoint.time, "sleep", lambda s: (slept.append(s), now.append(now.pop() + s)))
+    pace = endpoint.Pace()
+    pace.rest(30), pace.rest(5)
+    pace.wait(), pace.wait()
+    assert slept == [30.0]
+    assert endpoint.asked_to_wait("7") == 7 and endpoint.asked_to_wait("soon") is None
+    assert endpoint.asked_to_wait("Thu, 01 Jan 1970 00:00:00 GMT") == 0
+
+
+def test_rows_grow_no_faster_than_their_number(tokenizer, tmp_path):
+    sizes = (50_000, 200_000) if SLOW else (500, 2_000)
+    spent, peaks = [], []
+    for rows in sizes:
+        path = tmp_path / f"{rows}.jsonl"
+        with path.open("w") as file:
+            for i in range(rows): file.write(json.dumps({**PAIRS[i % 6], "prompt": f"say {i}: "}) + "\n")
+        from tokpref.data import load_preferences
+        tracemalloc.start()
+        began = time.perf_counter()
+        prepared, report = prepare(load_preferences(path), tokenizer, examples=0)
+        spent.append(time.perf_counter() - began)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert len(prepared) == report.kept == rows
+    high = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(f"rows {sizes}: {spent[0]:.1f} s, {spent[1]:.1f} s; Python's peak {peaks[0] / 1e6:.0f} MB, "
+          f"{peaks[1] / 1e6:.0f} MB; the process's {high:.0f} MB")
+    assert peaks[1] < 2 * 4 * max(peaks[0], 2e6)
+
+
+def test_pairs_are_packed_in_one_look_at_each():
+    rng = random.Random(0)
+    costs = [rng.randint(10, 2000) for _ in range(1024)]
+    began = time.perf_counter()
+    bins, length = pack_rows(costs)
+    print(f"1,024 pairs packed in {1e3 * (time.perf_counter() - began):.1f} ms")
+    assert sorted(i for part in bins for i in part) == list(range(1024))
+    assert max(sum(costs[i] for i in part) for part in bins) == length
+
+
+@pytest.mark.skipif(not SLOW, reason="make test-faults")
+def test_a_hundred_runs_are_one_comparison(tmp_path):
+    labels = [f"dpo:beta={0.01 * (i + 1):.2f}" for i in range(50)]
+    record = compare("toy", "smoke", losses=labels, seeds=[0, 1], out=tmp_path, overrides=QUICK, progress=False)
+    assert len(record["runs"]) == 100 and not any("error" in run for run in record["runs"])
+    again = compare("toy", "smoke", losses=labels, seeds=[0, 1], out=tmp_path, overrides=QUICK, progress=False)
+    assert without_times(again) == without_times(record)
