@@ -67,7 +67,7 @@ def assert_whole(folder):
         if path.suffix == ".json": json.loads(path.read_text(encoding="utf-8"))
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as file: assert list(file.keys())
-    for sealed in folder.rglob(SEAL):       # an old checkpoint may be half removed: it is told by its seal, and left out
+    for sealed in folder.rglob(SEAL):       # an old checkpoint may be half removed: its seal tells, and it is left out
         if not sealed.parent.name.startswith("checkpoint-"): assert damage(sealed.parent) == ""
 
 
