@@ -44,7 +44,7 @@ LOSSES = [
     Fault("losses/tdpo.py", "alpha * (rejected_kl - chosen_kl.detach())", "rejected_kl - alpha * chosen_kl.detach()"),
     Fault("losses/tdpo.py", "beta * (chosen_delta + chosen_kl)", "beta * chosen_delta"),
     Fault("losses/adpo.py", "windows = -(-lengths.amax(0) // window)", "windows = lengths.amax(0) // window"),
-    Fault("losses/adpo.py", "(_positions(mask) + 1) * parts[:, None] - 1", "_positions(mask) * parts[:, None]"),
+    Fault("losses/adpo.py", "(_positions(mask) + 1) * segments[:, None] - 1", "_positions(mask) * segments[:, None]"),
     Fault("losses/adpo.py", ".masked_fill(~own, 0.0).sum(-1)", ".sum(-1)"),
     Fault("losses/adpo.py", "margins = beta * (chosen_sums - rejected_sums)",
           "margins = chosen_sums - beta * rejected_sums"),
@@ -169,11 +169,14 @@ TESTS = {
 
 
 def text_of(fault: Fault) -> str:
-    "The module that a fault is put into. Raises `ValueError` unless the text to change is there once."
-    text = (ROOT / "tokpref" / fault.module).read_text(encoding="utf-8")
-    times = text.count(fault.right)
-    if times == 1: return text
-    raise ValueError(f"tokpref/{fault.module} has {fault.right!r} {times} times: name what is there once")
+    "The module that a fault is put into."
+    return (ROOT / "tokpref" / fault.module).read_text(encoding="utf-8")
+
+
+def why_not(fault: Fault) -> str:
+    "Why a fault can't be put in; empty: it can."
+    times = text_of(fault).count(fault.right)
+    return "" if times == 1 else f"tokpref/{fault.module} has {fault.right!r} {times} times: name what is there once"
 
 
 def with_fault(fault: Fault, folder: Path) -> None:
@@ -219,14 +222,15 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="only look whether every fault can be put in")
     args = parser.parse_args()
     os.chdir(ROOT)
-    if not args.check: preload()
+    gone = [said for room in TESTS for fault in TESTS[room][0] if (said := why_not(fault))]
+    if gone: sys.exit("\n".join(gone))
+    if args.check: return 0
+    preload()
     survivors, tried = [], 0
     for room in args.rooms:
         faults, tests = TESTS[room]
         for fault in faults:
             if args.only not in fault.module + fault.right + fault.wrong: continue
-            text_of(fault)
-            if args.check: continue
             start = time.monotonic()
             with tempfile.TemporaryDirectory() as name:
                 folder = Path(name)
