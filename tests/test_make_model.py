@@ -227,5 +227,5 @@ def test_one_dpo_step_of_real_pairs_is_that_of_a_plain_implementation(smol):
         loss = step()
         loss.backward()
         norm = torch.stack([weight.grad.norm() for weight in policy.parameters()]).norm()
-        found.append((float(loss), float(norm)))
-    assert found[0] == pytest.approx(found[1], rel=1e-4) and abs(found[0][0] - 0.6931) > 0.01
+        found.append((loss.item(), norm.item()))
+    assert found[0] == pytest.approx(found[1], rel=1e-4) and abs(found[0][0] - 0.6931) > 0.005
