@@ -59,6 +59,12 @@ def _print_metrics(metrics: dict[str, Any]) -> None:
         print(f"{name:<{width}}  {value:.4g}" if isinstance(value, int | float) else f"{name:<{width}}  {value}")
 
 # %% ../../nbs/library/cli/02_commands.ipynb #9bad539d
+def _check_checkpoint(resume: bool, folder: str | None) -> None:
+    "Raise `ValueError` where there is nothing to go on from."
+    if resume and not list(Path(folder or ".").glob("checkpoint-*")):
+        raise ValueError(f"--resume: no checkpoint in {folder}: name the run's folder with --output, or start anew")
+
+
 def run_train(args: argparse.Namespace) -> None:
     "Load, train, save; then say where everything is."
     from tokpref.models import lora
@@ -69,6 +75,7 @@ def run_train(args: argparse.Namespace) -> None:
     _check_options_given(settings.get("loss", "dpo"), settings.get("loss_options"), "--set 'loss_options={window: 4}'")
     config = PreferenceConfig(**settings)
 
+    _check_checkpoint(args.resume, config.output_dir)
     train, evaluation = _training_pairs(load, held_out)
     adapter = None if load["lora"] is None else lora(load["lora"])
     trainer = PreferenceTrainer(load["model"], config, train, evaluation, load["ref"], peft_config=adapter)
@@ -87,6 +94,7 @@ def run_compare(args: argparse.Namespace) -> None:
     matplotlib.use("agg")
     from tokpref.experiments.compare import compare, comparison_figure, comparison_table, find_task
     profile, _ = find_task(args.task).configure(args.profile)
+    if args.out is not None and not args.out.strip(): raise ValueError("--out is empty: name a folder, or leave it out")
     out = Path(args.out or f"runs/{args.task}-{profile}")
     settings = parse_settings(args.set)
     record = compare(args.task, profile, args.losses, args.seeds, out, settings, progress=not args.quiet)
@@ -107,6 +115,17 @@ def _prepared(args: argparse.Namespace, split: str, tokenizer: Any, name: str, e
                    chat_template_kwargs=options, name=name, examples=examples)
 
 # %% ../../nbs/library/cli/02_commands.ipynb #04961591
+def _check_evaluation(args: argparse.Namespace, options: dict[str, Any] | None) -> None:
+    "Raise `ValueError` for what can be known to be wrong before anything is loaded."
+    from tokpref.training import check_loss
+    from tokpref.training.limits import check_folder
+    check_loss(args.loss, {**(options or {}), **({} if args.beta is None else {"beta": args.beta})})
+    if args.batch_size < 1: raise ValueError(f"--batch-size must be at least 1, got {args.batch_size}")
+    if args.json is None: return
+    check_folder("--json", Path(args.json).absolute().parent)
+    if Path(args.json).is_dir(): raise ValueError(f"--json={args.json!r} is a folder: name a file")
+
+
 def run_evaluate(args: argparse.Namespace) -> None:
     "Measure the model on held-out pairs and print the numbers."
     from tokpref.data import PreferenceCollator
@@ -117,14 +136,15 @@ def run_evaluate(args: argparse.Namespace) -> None:
     if not args.data: raise ValueError("--data is missing: say which preference pairs to measure on")
     options = parse_options("--loss-options", args.loss_options)
     _check_options_given(args.loss, options, "--loss-options '{window: 4}'")
+    _check_evaluation(args, options)
     mixed, device = pick_precision(args.precision).mixed, fastest_device()
     tokenizer = load_tokenizer(args.model)
+    rows, report = _prepared(args, "test", tokenizer, "evaluation", 2)
     model = load_model(args.model, device=device)
     if args.ref is None and not has_adapter(model):
         raise ValueError("--ref is missing: say which model this one was trained from (an adapter would not need it)")
     reference = load_model(args.ref, device=device) if args.ref else None
     baseline = load_baseline_head(args.model).to(device) if LOSSES[args.loss].baseline else None
-    rows, report = _prepared(args, "test", tokenizer, "evaluation", 2)
     print(report, file=sys.stderr)
     with autocast(mixed):
         metrics = preference_metrics(model, reference, rows, PreferenceCollator(tokenizer.pad_token_id),
@@ -137,13 +157,15 @@ def run_data(args: argparse.Namespace) -> None:
     "Show what the trainer would see."
     from tokpref.data import LOADERS, describe_row
     from tokpref.models import load_tokenizer
+    if args.show < 0: raise ValueError(f"--show must be 0 or more rows, got {args.show}")
     if args.list:
+        if args.data or args.tokenizer: raise ValueError("--list shows the names of all datasets: leave the rest out")
         for name, loader in LOADERS.items():
             print(f"{name:<16} {loader.hub_id:<45} {'pairs' if loader.convert else 'texts'}")
         return
     for name in ("data", "tokenizer"):
         if not getattr(args, name):
-            raise ValueError(f"--{name} is missing (tokpref data --list shows the datasets that have a name)")
+            raise ValueError(f"--{name} is missing: give it (tokpref data --list shows the datasets that have a name)")
     tokenizer = load_tokenizer(args.tokenizer)
     rows, report = _prepared(args, "train", tokenizer, "train", 0)
     print(report)
@@ -165,6 +187,7 @@ def _only_first_speaks(rank: int) -> Iterator[None]:
 
 def _import(what: str) -> None:
     "Run a Python file, or import a module by its name. Raises `ValueError` for a file that is not there or fails."
+    if not what.strip(): raise ValueError("--import needs a Python file, or the name of a module")
     try:
         if not what.endswith(".py"):
             importlib.import_module(what)
@@ -175,12 +198,14 @@ def _import(what: str) -> None:
         sys.modules[spec.name] = module
         spec.loader.exec_module(module)
     except FileNotFoundError: raise ValueError(f"--import {what}: no such file") from None
-    except Exception as error: raise ValueError(f"--import {what}: {type(error).__name__}: {error}") from error
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"--import {what}: {type(error).__name__}: {_first_line(error)}") from error
 
 
 def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
-    return lines[0] if lines else "no message, try --debug"
+    if not lines: return "no message, try --debug"
+    return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in lines[0])     # a terminal obeys nothing
 
 # %% ../../nbs/library/cli/02_commands.ipynb #bb58e461
 def main(argv: list[str] | None = None) -> int:
@@ -196,7 +221,8 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         except KeyboardInterrupt as e: error, code, message = e, 130, "interrupted; what was saved is kept"
         except FloatingPointError as e: error, code, message = e, 1, _first_line(e)
-        except (ValueError, TypeError, OSError) as e: error, code, message = e, 2, _first_line(e)
+        except (ValueError, TypeError, OSError, ImportError, KeyError) as e:
+            error, code, message = e, 2, _first_line(e)
         if rank == 0: print(f"tokpref: {message}", file=sys.stderr)
     if rank and code == 1: print(f"tokpref, process {rank}: {message}", file=sys.stderr)
     if args.debug: raise error

@@ -13,9 +13,18 @@ from typing import Any
 
 import yaml
 
+from ..checks import shortened
+
 # %% ../../nbs/library/cli/00_settings.ipynb #fc6ebfbb
 class _Yaml(yaml.SafeLoader):
-    "YAML in which 3e-4 is a number too."
+    "YAML in which 3e-4 is a number too, and a name that comes twice is an error."
+
+    def construct_mapping(self, node, deep=False):
+        seen: list[str] = []
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+            if key.value in seen: raise yaml.YAMLError(f"{key.value!r} is given twice: leave one out")
+            if isinstance(key, yaml.ScalarNode): seen.append(key.value)
+        return super().construct_mapping(node, deep)
 
 
 _EXPONENT = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$")
@@ -24,7 +33,8 @@ _Yaml.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+.01234
 
 def read_yaml(text: str) -> Any:
     "What YAML reads, except that 3e-4, which YAML takes for text, is a number."
-    return yaml.load(text, _Yaml)
+    try: return yaml.load(text, _Yaml)
+    except (RecursionError, ValueError) as e: raise yaml.YAMLError(f"it can't be read ({type(e).__name__})") from None
 
 # %% ../../nbs/library/cli/00_settings.ipynb #7a077737
 def parse_settings(pairs: list[str]) -> dict[str, Any]:
@@ -32,9 +42,12 @@ def parse_settings(pairs: list[str]) -> dict[str, Any]:
     settings = {}
     for pair in pairs:
         name, equals, text = pair.partition("=")
-        if not (name and equals): raise ValueError(f"--set takes name=value, got {pair!r}")
-        try: settings[name.strip().replace("-", "_")] = read_yaml(text)
-        except yaml.YAMLError: raise ValueError(f"--set takes name=value, the value as YAML, got {pair!r}") from None
+        if not (name and equals): raise ValueError(f"--set takes name=value, got {shortened(pair)}")
+        name = name.strip().replace("-", "_")
+        if name in settings: raise ValueError(f"--set has {name!r} twice: leave one out")
+        try: settings[name] = read_yaml(text)
+        except yaml.YAMLError:
+            raise ValueError(f"--set takes name=value, the value as YAML, got {shortened(pair)}") from None
     return settings
 
 
@@ -43,7 +56,7 @@ def parse_options(flag: str, text: str | None) -> dict[str, Any] | None:
     try: value = read_yaml(text) if text else {}
     except yaml.YAMLError: value = None
     if not isinstance(value, dict):
-        raise ValueError(f"{flag} takes names and values such as '{{window: 4}}', got {text!r}")
+        raise ValueError(f"{flag} takes names and values such as '{{window: 4}}', got {shortened(text)}")
     return value or None
 
 # %% ../../nbs/library/cli/00_settings.ipynb #514bdbc5
@@ -51,13 +64,29 @@ def read_config(path: str | None) -> dict[str, Any]:
     "The settings of a YAML file; {} without one. Raises `ValueError` when it does not hold names and values."
     if path is None: return {}
     try: content = read_yaml(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError: raise ValueError(f"no file {path}") from None
+    except FileNotFoundError: raise ValueError(f"no file {path}: give the path of a YAML file") from None
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{path} is not written in UTF-8 ({e.reason}): save the file in UTF-8") from None
+    except OSError as e: raise ValueError(f"{path} can't be read ({e.strerror}): name a YAML file") from None
     except yaml.YAMLError as e: raise ValueError(f"{path} is not YAML: {' '.join(str(e).split())}") from None
     if not isinstance(content, dict): raise ValueError(f"{path} must hold lines like `loss: tdpo2`")
     return content
 
 # %% ../../nbs/library/cli/00_settings.ipynb #a928aa51
 TO_LOAD = ("model", "data", "split", "config_name", "data_dir", "as_messages", "eval_data", "eval_split", "ref", "lora")
+
+
+def _check_load(load: dict[str, Any]) -> None:
+    "Raise `ValueError` for something to load that is not named by text, and other values of the wrong kind."
+    for name, value in load.items():
+        if value is None or name in ("lora", "as_messages"): continue
+        if not isinstance(value, str) or not value.strip() or "\0" in value:
+            raise ValueError(f"{name} must be text, got {value!r}: put a number or a date in quotes")
+    if not isinstance(load["as_messages"], bool | None):
+        raise ValueError(f"as_messages must be true or false, got {load['as_messages']!r}")
+    rank = load["lora"]
+    if rank is not None and (type(rank) is not int or rank < 1):
+        raise ValueError(f"lora must be a whole number of at least 1, the rank of the adapter, got {rank!r}")
 
 
 def _four_bits(settings: dict[str, Any]) -> dict[str, Any]:
@@ -90,4 +119,5 @@ def train_settings(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, 
     for name in ("model", "data"):
         if not load[name]:
             raise ValueError(f"--{name} is missing: give it as a flag, or as `{name}:` in the YAML file")
+    _check_load(load)
     return load, {"output_dir": "tokpref-output", **settings}

@@ -178,6 +178,9 @@ def prepare(
     """
     if on_bad_row not in ("drop", "raise"):
         raise ValueError(f"on_bad_row must be 'drop' or 'raise', got {on_bad_row!r}")
+    for what, count, least in (("num_proc", num_proc, 1), ("examples", examples, 0)):
+        if count is not None and (type(count) is not int or count < least):
+            raise ValueError(f"{what} must be a whole number of at least {least}, got {count!r}")
     dataset = check_columns(dataset, name)
     check_chat(dataset, chat_template_kwargs)
     check_lengths(max_length, max_prompt_length)

@@ -238,6 +238,9 @@ def load_texts(
     loader = find_loader(str(source)) or Loader(str(source))
     loader = dataclasses.replace(loader, config=config or loader.config, data_dir=data_dir or loader.data_dir)
     try: return _open(str(source), split, loader)
+    except FileNotFoundError: raise
+    except (EOFError, OSError) as e:
+        raise ValueError(f"{source} can't be read ({type(e).__name__}): give a whole file that you may read") from None
     except StopIteration: raise ValueError(f"{source}, split {split!r}: the file has no rows") from None
     except (ValueError, DatasetGenerationError) as e:
         reason = str(e.__cause__ or e).splitlines()[0]

@@ -313,7 +313,7 @@ def pair_loss(
     """
     objective = objective_of(loss, options)
     wants = objective.wants(kl, reverse_kl, entropy)
-    if one_pass and torch.is_grad_enabled() and needs_all_pairs(objective.loss, batch["input_ids"].device):
+    if one_pass and torch.is_grad_enabled() and needs_all_pairs(objective.loss, forward.checked_ids(batch).device):
         raise ValueError("this loss of a pair changes with the other pairs of the batch, so it can't be computed a few "
                          "pairs at a time: pass one_pass=False")
     pairs = pair_features(model, ref_model, batch, wants, needs_reference=objective.reference, baseline=baseline,

@@ -63,7 +63,7 @@ def response_stats(
 def pairs_of(rows: int) -> int:
     "How many pairs a preference batch of this many rows has. Raises `ValueError` for an odd number."
     pairs, odd = divmod(rows, 2)
-    if odd: raise ValueError(f"a preference batch has an even number of rows, chosen first; got {rows}")
+    if odd: raise ValueError(f"a preference batch must have an even number of rows, chosen first; got {rows}")
     return pairs
 
 
@@ -92,7 +92,7 @@ def token_stats(
 
     Arguments and errors are those of `response_stats`; an odd number of rows is a `ValueError`.
     """
-    pairs = pairs_of(len(batch["input_ids"]))
+    pairs = pairs_of(len(forward.checked_ids(batch)))
     wants = Wants(kl, reverse_kl, entropy)
     chosen, rejected = _measure(model, ref_model, batch, [0] * pairs + [1] * pairs, wants, baseline, chunk_size)
     return chosen, rejected

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 
-from ..checks import nearest
+from ..checks import nearest, shortened
 from .adpo import ADPO_LOSSES
 from .bregman import BPO_LOSSES
 from .dpo import DPO_LOSSES
@@ -26,7 +26,7 @@ class LossRegistry(dict[str, LossSpec]):
 
     def __missing__(self, name: str) -> LossSpec:
         if is_sum(name): return add_losses(name, self)
-        raise ValueError(f"unknown loss {name!r}{nearest(name, self)}")
+        raise ValueError(f"unknown loss {shortened(name)}{nearest(name, self)}")
 
     def __contains__(self, name: object) -> bool:
         if not isinstance(name, str) or not is_sum(name): return super().__contains__(name)

@@ -44,7 +44,8 @@ class TokenStats:
         if self.logps.ndim != 2: raise ValueError(f"logps must be [B, T], got shape {tuple(self.logps.shape)}")
         for name, value in vars(self).items():
             if value is not None and value.shape != self.logps.shape:
-                raise ValueError(f"{name} has shape {tuple(value.shape)}, logps has {tuple(self.logps.shape)}")
+                raise ValueError(f"{name} has shape {tuple(value.shape)}, logps has {tuple(self.logps.shape)}: "
+                                 "give one number for each token")
 
     def need(self, name: str) -> Tensor:
         "The field `name`, or a `ValueError` that says how to get it."

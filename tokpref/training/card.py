@@ -6,6 +6,8 @@
 __all__ = ['hub_name', 'model_card']
 
 # %% ../../nbs/library/training/02_card.ipynb #8a72e9c2
+import html
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,10 +20,23 @@ from .. import __version__
 from ..models import base_model
 
 # %% ../../nbs/library/training/02_card.ipynb #f3a4a77e
+def _plain(value: Any) -> str:
+    "A value as one line of text that Markdown and HTML show as it is written."
+    text = html.escape(" ".join(str(value).split()), quote=False)
+    return re.sub(r"[`*\[\]|\\]", lambda found: "\\" + found[0], text)
+
+
+def _front(value: Any) -> str:
+    "A value of the front matter: a word as it is, all else as JSON, which YAML reads and which ends no front matter."
+    if isinstance(value, str) and re.fullmatch(r"[A-Za-z][\w./-]*", value): return value
+    return json.dumps(value, ensure_ascii=False, default=str)
+
+
 def _table(head: str, rows: dict[str, Any]) -> str:
     "A table of two columns; empty without rows."
     if not rows: return ""
-    shown = {name: f"{value:.4g}" if isinstance(value, float) else str(value) for name, value in rows.items()}
+    shown = {_plain(name): f"{value:.4g}" if isinstance(value, float) else _plain(value)
+             for name, value in rows.items()}
     return f"| {head} | |\n|---|---|\n" + "".join(f"| {name} | {value} |\n" for name, value in shown.items())
 
 # %% ../../nbs/library/training/02_card.ipynb #e09ebd18
@@ -52,9 +67,9 @@ def model_card(
     library = "peft" if hasattr(trainer.model, "peft_config") else "transformers"
     more = {"base_model": hub_name(trainer.model) or None, **front_matter}
     own_tags = ["tokpref", "preference-optimization", args.loss]
-    all_tags = ", ".join(dict.fromkeys([*own_tags, *tags]))
+    all_tags = ", ".join(map(_front, dict.fromkeys([*own_tags, *tags])))
     front = ["---", f"library_name: {library}"]
-    front += [f"{name}: {value}" for name, value in more.items() if value is not None]
+    front += [f"{name}: {_front(value)}" for name, value in more.items() if value is not None]
     front += [f"tags: [{all_tags}]", "---", ""]
     return "\n".join([
         *front, f"# Trained with {args.loss} on preferences\n", f"Loss: {spec.source}.\n",

@@ -51,7 +51,7 @@ def _takes_trl_names(config: _Config) -> _Config:
 
 # %% ../../nbs/library/training/00_config.ipynb #5469fbea
 @_takes_trl_names
-@dataclass
+@dataclass(repr=False)     # that of TrainingArguments shows no token
 class PreferenceConfig(TrainingArguments):
     """`TrainingArguments` plus the choice of loss and what it needs; also takes TRL's names, as `from_trl` does.
 
@@ -93,6 +93,7 @@ class PreferenceConfig(TrainingArguments):
 
     def __post_init__(self):
         check_types(self)
+        if self.bf16 and self.fp16: raise ValueError("bf16 and fp16 exclude each other: leave one out")
         check_values(self)
         check_launcher(self.deepspeed)
         in_one_line(super().__post_init__)
@@ -179,7 +180,7 @@ def check_settings(args: "PreferenceConfig", spec: LossSpec) -> None:
 
     for name in ("token_budget", "chunk_size", "workspace"):
         size = getattr(args, name)
-        if size is not None and size < 1: raise ValueError(f"{name}={size} has no room for anything")
+        if size is not None and size < 1: raise ValueError(f"{name}={size} has no room for anything: give more")
     if args.chunk_size and args.workspace:
         raise ValueError(f"workspace={args.workspace} would be ignored: chunk_size={args.chunk_size} decides")
     if args.ref_cache and not args.precompute_ref_logps:

@@ -255,7 +255,8 @@ def check_precompute(spec: LossSpec, loss: str) -> None:
     if spec.kl or spec.reverse_kl:
         raise ValueError(f"precompute_ref_logps can't serve {loss!r}: "
                          "its KL needs the reference's whole distribution")
-    if not spec.reference: raise ValueError(f"precompute_ref_logps would be ignored: {loss!r} has no reference")
+    if not spec.reference:
+        raise ValueError(f"precompute_ref_logps would be ignored: {loss!r} has no reference: leave it out")
 
 
 def add_reference(

@@ -44,7 +44,9 @@ def parse_label(label: str) -> tuple[str, dict]:
     >>> parse_label("tdpo2:alpha=0.1,beta=0.3")
     ('tdpo2', {'alpha': 0.1, 'beta': 0.3})
     """
-    name, _, rest = label.partition(":")
+    if not isinstance(label, str): raise TypeError(f"a label must be text such as 'tdpo2:alpha=0.1', got {label!r}")
+    name, colon, rest = label.partition(":")
+    if colon and not rest: raise ValueError(f"label {label!r} ends in a colon: leave it out, or add name=value")
     settings = {}
     for part in filter(None, rest.split(",")):
         key, equals, value = part.partition("=")

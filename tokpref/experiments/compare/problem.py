@@ -6,6 +6,7 @@
 __all__ = ['RunConfig', 'check_count', 'check_seeds', 'as_setting', 'Problem', 'Task']
 
 # %% ../../../nbs/experiments/compare/01_problem.ipynb #d3b1de5d
+import math
 import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -16,7 +17,7 @@ from datasets import Dataset
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
-from ...checks import check_known, check_not_negative, check_positive, nearest
+from ...checks import check_known, check_not_negative, check_positive, nearest, shortened
 from .labels import VARIANTS, LossRun
 
 # %% ../../../nbs/experiments/compare/01_problem.ipynb #0083a87d
@@ -51,10 +52,19 @@ class RunConfig:
         check_not_negative("max_grad_norm", self.max_grad_norm)
         check_known("schedule", self.schedule, [kind.value for kind in SchedulerType])
         check_known("optimizer", self.optimizer, [kind.value for kind in OptimizerNames])
+        for each in fields(self): _check_number(each.name, getattr(self, each.name))
         if not self.losses: raise ValueError("losses is empty: give at least one label")
         check_seeds(self.seeds)
+        for name in ("tuning", "sweep"):
+            for label, settings in getattr(self, name).items():
+                if isinstance(settings, Mapping): continue
+                raise ValueError(f"{name} of {label!r} must be settings with their values, got {settings!r}")
         for label, settings in self.tuning.items():
             for name in settings: check_known(f"tuning of {label!r}", name, ["beta", "learning_rate"])
+        for label, settings in self.sweep.items():
+            for name, values in settings.items():
+                if isinstance(values, list | tuple) and values: continue
+                raise ValueError(f"sweep of {label!r}: {name} must be a list of values, got {values!r}")
 
     def models(self) -> dict[str, str]:
         "Setting -> name, on the hub or in a folder, of each model that is loaded. Its weights count in every key."
@@ -69,17 +79,31 @@ class RunConfig:
         return True
 
 # %% ../../../nbs/experiments/compare/01_problem.ipynb #2034510b
-def check_count(name: str, value: int, least: int = 1) -> None:
-    "Raise `ValueError` unless `value` is a whole number of at least `least`."
+def check_count(name: str, value: int, least: int = 1, most: int = 2**31 - 1) -> None:
+    "Raise `ValueError` unless `value` is a whole number from `least` to `most`."
     if type(value) is not int or value < least:
         raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
+    if value > most: raise ValueError(f"{name} must be at most {most}, got {shortened(value)}")
+
+
+_NEEDED = ("letters", "max_letters", "hidden_size", "layers", "heads", "vocab_size", "context", "pairs",
+           "pretrain_batch", "lm_batch", "eval_batch", "max_new_tokens", "response_tokens")   # by tasks that have them
+
+
+def _check_number(name: str, value: Any) -> None:
+    "Raise `ValueError` for a number of any task that is negative, too large, or not finite."
+    if isinstance(value, bool): return
+    if isinstance(value, int): check_count(name, value, least=int(name in _NEEDED))
+    if name.endswith("learning_rate"): check_positive(name, value)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{name} must be a finite number, got {value!r}")
 
 
 def check_seeds(seeds: Sequence[int]) -> tuple[int, ...]:
     "The seeds as a tuple. Raises `ValueError` for none at all, one that is no whole number, and one that comes twice."
     seeds = tuple(seeds)
     if not seeds: raise ValueError("seeds is empty: give at least one")
-    for seed in seeds: check_count("a seed", seed, least=0)
+    for seed in seeds: check_count("a seed", seed, least=0, most=2**32 - 1)
     if len(set(seeds)) < len(seeds): raise ValueError(f"seeds {seeds} name one twice: each is run once")
     return seeds
 

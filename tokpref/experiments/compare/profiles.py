@@ -43,7 +43,9 @@ def read_profiles(
     if isinstance(path, str) and not path.endswith(".toml"):
         path = str(files("tokpref.experiments") / "profiles" / f"{path}.toml")
     path = Path(path)
-    with path.open("rb") as file: tables = tomllib.load(file)
+    if not path.is_file(): raise FileNotFoundError(f"no file {path}: give the path of a .toml file, or a task's name")
+    try: tables = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except ValueError as e: raise ValueError(f"{path.name} is not TOML in UTF-8: {' '.join(str(e).split())}") from None
     profiles: dict[str, Any] = {}
     for name, table in tables.items():
         where = f"{path.name}, profile {name!r}"

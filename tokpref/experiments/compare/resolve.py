@@ -41,6 +41,8 @@ def complete_run(label: str, run: LossRun, config: RunConfig) -> LossRun:
     "`run` with beta and learning rate, tried. Raises `ValueError`, which names the label, for what can't work."
     beta = config.beta if run.beta is None else run.beta
     rate = config.learning_rate if run.learning_rate is None else run.learning_rate
+    if not isinstance(run.options, Mapping): raise ValueError(f"{label!r}: options must be a dictionary")
+    if "beta" in run.options: raise ValueError(f"{label!r}: give beta beside the options, LossRun(loss, options, beta)")
     try:
         if run.loss in BASELINES: _check_baseline(run, config)
         else: check_loss(run.loss, {**run.options, "beta": beta})
@@ -83,7 +85,9 @@ def resolve_losses(
     if isinstance(losses, Mapping):
         runs = {label: _from_caller(label, run, config) for label, run in losses.items()}
     else:
-        labels = config.losses if losses is None else [losses] if isinstance(losses, str) else losses
+        labels = config.losses if losses is None else [losses] if isinstance(losses, str) else list(losses)
+        twice = next((label for i, label in enumerate(labels) if label in labels[:i]), None)
+        if twice is not None: raise ValueError(f"losses has {twice!r} twice: each is run once")
         parts = [part for label in labels for part in (swept(config) if label == "sweep" else [label])]
         runs = {label: _from_label(label, config, variants) for label in parts}
     if not runs: raise ValueError("losses is empty: give at least one label, or leave it out for those of the profile")

@@ -24,6 +24,7 @@ from transformers.utils import logging as transformers_logging
 from ...checks import nearest
 from ...files import one_at_a_time
 from ...losses import LOSSES
+from ...training.limits import check_folder
 from .baselines import BASELINES, known_reward
 from .labels import LossRun
 from .problem import Task, check_seeds
@@ -161,10 +162,13 @@ def compare(
     work, before anything runs.
     """
     chosen = find_task(task)
+    if not isinstance(overrides, dict | None): raise TypeError(f"overrides must be a dictionary, got {overrides!r}")
     profile, config = chosen.configure(profile, overrides)
     runs = resolve_losses(losses, config, chosen.variants)
     seeds = check_seeds(config.seeds if seeds is None else seeds)
     check_training(config)
+    if not isinstance(out, str | Path | None): raise TypeError(f"out must be the name of a folder, got {out!r}")
+    check_folder("out", out or "runs")
     starts = [SharedStart(chosen, config, Path(out or f"runs/{task}-{profile}"), seed, progress) for seed in seeds]
     record: dict = {}
     for results in _all_seeds(starts, runs, progress):

@@ -21,6 +21,7 @@ def open_judge(
     progress: bool = True,
 ) -> CachedJudge:
     "The judge that a word names, with its record. Raises `ValueError` for a word that names none."
+    if not isinstance(spec, str): raise TypeError(f"a judge must be named by a word, got {spec!r}")
     kind, _, rest = spec.partition(":")
     if kind == "recorded" and rest: return _recorded(Path(rest))
     if spec == "longer": judge = longer_is_better
