@@ -190,7 +190,7 @@ SET_OF_COMPARE = [
 ]
 COMMANDS = [
     *[[*TRAIN, "--set", text] for text in SET_OF_TRAIN], *[["compare", "--set", text] for text in SET_OF_COMPARE],
-    [*TRAIN, "--set", "beta=1", "--set", "beta=2"], [*TRAIN, "--beta", "nan"], [*TRAIN, "--beta", "0"],
+    [*TRAIN, "--beta", "nan"], [*TRAIN, "--beta", "0"],
     [*TRAIN, "--beta", "x"], [*TRAIN, "--lora", "0"], [*TRAIN, "--lora", "x"], [*TRAIN, "--loss", ""],
     [*TRAIN, "--loss", "dpoo"], [*TRAIN, "--loss", "adpo"], [*TRAIN, "--split", ""], [*TRAIN, "--split", "trainn"],
     [*TRAIN, "--split", "train[:x]"], [*TRAIN, "--split", "train[0:0]"], [*TRAIN, "--split", "train[:"],

@@ -44,7 +44,6 @@ def parse_settings(pairs: list[str]) -> dict[str, Any]:
         name, equals, text = pair.partition("=")
         if not (name and equals): raise ValueError(f"--set takes name=value, got {shortened(pair)}")
         name = name.strip().replace("-", "_")
-        if name in settings: raise ValueError(f"--set has {name!r} twice: leave one out")
         try: settings[name] = read_yaml(text)
         except yaml.YAMLError:
             raise ValueError(f"--set takes name=value, the value as YAML, got {shortened(pair)}") from None

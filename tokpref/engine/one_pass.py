@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ..losses.registry import mixes_pairs
 from ..losses.types import LossSpec, PairLoss, TokenStats
 from ..models import base_model
+from . import forward
 from .attention import packed_attention, packed_inputs
 from .forward import Features, Grid, features, moved, on_the_right, reference_features, response_positions, row_grid
 from .gradients import Attach, GradientSums, add_gradients, add_gradients_again, make_workspace

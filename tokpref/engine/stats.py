@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from ..losses.types import TokenStats
+from . import forward
 from .forward import features, moved, on_the_right, reference_features, response_positions, row_grid
 from .gradients import scored_twice
 from .in_place import Wants
