@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from tokpref.data import LOADERS, Loader, PreferenceCollator, describe_row, load_preferences, load_texts, prepare
-from tokpref.data.formats import PARTS
+from tokpref.data.formats import PARTS, split_pair
 from tokpref.data.prepare import encode_batch
 from tokpref.data.tokens import continue_ids, fit_pair, shorten_chat
 
@@ -1017,3 +1017,9 @@ def test_a_prompt_makes_room_for_the_longer_response(swap):
     sides = [[1], [2] * 6]
     kept, room = fit_pair(list(range(10)), *(sides[::-1] if swap else sides), 12, max_prompt_length=None, begin=[])
     assert kept == list(range(4, 10)) and room == 6
+
+
+def test_a_prompt_that_both_conversations_repeat_is_taken_off_each():
+    turn = {"role": "user", "content": "Is it?"}
+    yes, no = ([{"role": "assistant", "content": text}] for text in ("Yes.", "No."))
+    assert split_pair({"prompt": [turn], "chosen": [turn, *yes], "rejected": [turn, *no]}) == ([turn], yes, no)

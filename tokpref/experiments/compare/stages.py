@@ -18,7 +18,7 @@ from tqdm import tqdm
 from ...checks import nearest
 from ...files import damage, one_at_a_time, whole_folder
 from .problem import RunConfig
-from .record import data_digest, fingerprint, weights_digest
+from .record import files_digest, fingerprint, weights_digest
 
 # %% ../../../nbs/experiments/compare/04_stages.ipynb #1e88bedb
 _log = logging.getLogger(__name__)
@@ -91,7 +91,7 @@ def stage_key(chain: Sequence[Stage], config: RunConfig, seed: int) -> str:
     models = {setting: name for setting, name in config.models().items() if setting in value}
     read = {setting: name for setting, name in config.data().items() if setting in value}
     value |= {f"weights of {setting}": weights_digest(name) for setting, name in models.items()}
-    value |= {f"files of {setting}": data_digest(name) for setting, name in read.items()}
+    value |= {f"files of {setting}": files_digest(name) for setting, name in read.items()}
     if any(stage.each_seed for stage in chain): value["seed"] = seed
     return fingerprint(value)
 
