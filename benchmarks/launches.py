@@ -25,6 +25,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -174,7 +175,8 @@ def compiled_layer(policy: nn.Module, reference: nn.Module, batch: dict) -> int:
 def compiled_counts(counts: dict, counter: list[Launches]) -> dict[str, int]:
     "The same steps with compiled layers; what stands around the layers stays."
     policy, reference, batch = models_and_batch("launches")
-    layers, shorter = policy.config.num_hidden_layers, copy.deepcopy([policy, reference])
+    shorter: list[Any] = copy.deepcopy([policy, reference])
+    layers = len(shorter[0].model.layers)
     for model in shorter: del model.model.layers[layers // 2:]
     half = counted(body(*shorter, batch), shorter[0], counter).count
     plain = (counts["body"] - half) // (layers - layers // 2)

@@ -327,7 +327,7 @@ def test_a_small_vocabulary_tells_its_spaces_too(kind):
     texts = [("three:", " three"), ("three:", "three"), ("three: ", "three"), ("(", "sea)"), ("the\n", "\nsea")]
     for prompt, response in texts:
         (row,), _ = prepare([dict(prompt=prompt, chosen=response, rejected=" the")], each)
-        assert each.decode(row["prompt_ids"] + row["chosen_ids"]).removeprefix(" ") == prompt + response + "<eos>"
+        assert str(each.decode(row["prompt_ids"] + row["chosen_ids"])).removeprefix(" ") == prompt + response + "<eos>"
 
 
 def test_a_tokenizer_that_drops_white_space_keeps_words_apart():
@@ -337,7 +337,7 @@ def test_a_tokenizer_that_drops_white_space_keeps_words_apart():
     for prompt, response, read in (("answer: ", "three", "answer: three"), ("answer:", " three", "answer: three"),
                                    ("sea\n", "is deep", "sea is deep"), ("What is (", "the sea)", "What is (the sea)")):
         (row,), _ = prepare([dict(prompt=prompt, chosen=response, rejected=" other")], each)
-        assert each.decode(row["prompt_ids"] + row["chosen_ids"][:-1]).strip() == read
+        assert str(each.decode(row["prompt_ids"] + row["chosen_ids"][:-1])).strip() == read
 
 
 def test_a_tokenizer_without_that_space_is_asked_for_plain_ids(tokenizer):

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -201,4 +202,5 @@ def test_a_pretrained_comparison_goes_through_every_line(name, small_models, tmp
     assert all(f"{name}: {label}, seed {seed}: {record['value']} " in told for label, seed in runs)
     tuned = len(list((tmp_path / "runs" / f"gpu-quick-{name}" / "prepared").glob("s*t-*")))     # sft-, start-
     draws = 2 if gpu.COMPARISONS[name].own_draw else 1
-    assert tuned == (draws if find_task(record["task"]).profiles[record["profile"]].sft_epochs else 0)
+    config: Any = find_task(record["task"]).profiles[record["profile"]]
+    assert tuned == (draws if config.sft_epochs else 0)

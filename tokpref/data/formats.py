@@ -70,7 +70,7 @@ def _message_prompt(prompt: str, chosen: Any, rejected: Any) -> list[dict] | Non
                      "make it the same as that turn, or remove the column prompt")
 
 
-def _instructed(prompt: list[dict], chosen: list[dict], rejected: list[dict]) -> tuple[list, list, list]:
+def _instructed(prompt: list[dict], chosen: Any, rejected: Any) -> tuple[list, list, list]:
     "The three parts, with instructions that both responses begin with at the head of the prompt."
     shared = shared_prefix(chosen, rejected)
     lead = next((i for i in range(shared) if chosen[i]["role"] not in INSTRUCTING), shared)

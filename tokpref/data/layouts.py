@@ -9,7 +9,7 @@ __all__ = ['QUESTIONS', 'SYSTEMS', 'INSTRUCTING', 'ROLES', 'READ', 'HARMLESS', '
 # %% ../../nbs/library/data/06_layouts.ipynb #14b96821
 import json
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import datasets
 from datasets import Dataset, concatenate_datasets
@@ -171,7 +171,7 @@ def arrange(
     if change is None: return dataset
     used = [column for column in columns if column in ("conversations", "chosen", "rejected", *options.values())]
     written = [{column: without_none(value, dataset.features[column]) for column, value in row.items()}
-               for row in dataset.select_columns(used).with_format(None)]
+               for row in cast(Any, dataset.select_columns(used).with_format(None))]
     pairs = to_dataset([_named(change, row, name, i, options) for i, row in enumerate(written)])
     rest = dataset.remove_columns(used)
     return concatenate_datasets([rest, pairs], axis=1) if rest.column_names else pairs

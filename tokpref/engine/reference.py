@@ -95,7 +95,7 @@ _SIDES = "chosen", "rejected"
 def _sum(flat: dict[str, torch.Tensor]) -> str:
     "Hex digest of the numbers, so that a file which was overwritten is not taken for one that was made."
     digest = hashlib.blake2b(digest_size=16)
-    for side in _SIDES: digest.update(flat[side].contiguous().view(torch.uint8).numpy())
+    for side in _SIDES: digest.update(flat[side].contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -14,7 +14,7 @@ import types
 import typing
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from torch.utils.data import IterableDataset
 from transformers import TrainingArguments
@@ -99,7 +99,7 @@ class PreferenceConfig(TrainingArguments):
         in_one_line(super().__post_init__)
         for name in ("loss_options", "chat_template_kwargs", "model_init_kwargs"):
             setattr(self, name, dictionary(name, getattr(self, name)))
-        loading_options(self.model_init_kwargs)
+        loading_options(cast(dict | None, self.model_init_kwargs))
         check_settings(self, check_loss(self.loss, self.options))
 
     @property

@@ -76,7 +76,7 @@ class RewardJudge:
             raise FileNotFoundError(f"cannot load the judge {self.model!r} ({line}): {mend}") from error
         self._check_scores(config.num_labels)
 
-    def _check_scores(self, count: int) -> None:
+    def _check_scores(self, count: int | None) -> None:
         if count == 1 or self.label is not None: return
         raise ValueError(f"{self.model} has {count} scores: set label to one of them")
 
