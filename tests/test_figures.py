@@ -39,10 +39,9 @@ SLIDES = [p for p in FIGURES if any('class="slides"' in "".join(o.get("data", {}
                                     for o in p.values[1].outputs)]
 
 
-OLD = {"00_toy.ipynb"}      # stored before figures had two dots for a pixel; to be run again
 
 
-@pytest.mark.parametrize("path, cell", [p for p in FIGURES if p.values[0].name not in OLD])
+@pytest.mark.parametrize("path, cell", FIGURES)
 def test_a_stored_figure_has_two_dots_for_a_pixel(path, cell):
     for output in cell.outputs:
         if "image/png" not in output.get("data", {}): continue
