@@ -39,8 +39,6 @@ SLIDES = [p for p in FIGURES if any('class="slides"' in "".join(o.get("data", {}
                                     for o in p.values[1].outputs)]
 
 
-
-
 @pytest.mark.parametrize("path, cell", FIGURES)
 def test_a_stored_figure_has_two_dots_for_a_pixel(path, cell):
     for output in cell.outputs:
