@@ -11,8 +11,10 @@ from datasets import Dataset
 from torch.testing import assert_close
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from tokpref import LOSSES, TokenStats
 from tokpref import evaluation as ev
 from tokpref.data import PreferenceCollator, prepare
+from tokpref.metrics import pair_metrics
 
 END, VOCAB, LONGEST = 1, 6, 3
 
@@ -600,3 +602,11 @@ def test_examples_in_docstrings_are_true(room):
     import importlib
     result = doctest.testmod(importlib.import_module(f"tokpref.evaluation.{room}"))
     assert result.attempted > 0 and result.failed == 0
+
+
+def test_entropy_is_a_mean_over_the_tokens_of_both_responses():
+    def side(entropy):
+        zeros = torch.zeros(1, len(entropy))
+        return TokenStats(zeros, zeros, torch.ones(1, len(entropy), dtype=torch.bool), entropy=torch.tensor([entropy]))
+    chosen, rejected = side([1.0, 1.0]), side([4.0])
+    assert pair_metrics(LOSSES["dpo"](chosen, rejected), chosen, rejected)["entropy"] == 2
