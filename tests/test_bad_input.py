@@ -80,8 +80,9 @@ def sentence(kind, call):
 
 
 def names(cases):
-    "Short names of cases for a report of pytest."
-    return [str(case)[:60].encode("ascii", "replace").decode() for case in cases]
+    "Short names of cases for a report of pytest, the same in every process."
+    plain = [re.sub(r" at 0x[0-9a-f]+", "", str(case)) for case in cases]
+    return [case[:60].encode("ascii", "replace").decode() for case in plain]
 
 
 # The settings of a run: those of transformers first, then those of the package
