@@ -112,7 +112,8 @@ def test_parts_put_together_are_the_wheel(tmp_path, monkeypatch):
     assert b"".join(part.read_bytes() for part in parts) == wheel(data)
     last = parts[-1].read_bytes()
     parts[-1].unlink()
-    with pytest.raises(SystemExit, match="does not hold all parts"): made.main(["--parts", str(tmp_path / "parts")])
+    found = ["--parts", str(tmp_path / "parts"), "--out"]
+    with pytest.raises(SystemExit, match="does not hold all parts"): made.main([*found, str(tmp_path / "new")])
     parts[-1].write_bytes(last)
     assert made.main(["--parts", str(tmp_path / "parts"), "--out", str(tmp_path / "models")]) == 0
     assert seen == [(data, tmp_path / "models" / made.NAME, torch.bfloat16)]
