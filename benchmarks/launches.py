@@ -36,7 +36,7 @@ from torch._inductor.utils import run_and_get_code  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes  # noqa: E402
 
 from tokpref import LOSSES  # noqa: E402
-from tokpref.engine import attention, forward, gradients, in_place, kernels, one_pass, packing, trial  # noqa: E402
+from tokpref.engine import attention, gradients, in_place, kernels, one_pass, packing, trial  # noqa: E402
 from tokpref.models import compile_layers  # noqa: E402
 
 PEERS = Path(os.environ.get("TOKPREF_PEERS") or Path(sys.prefix) / "peers")
@@ -107,7 +107,6 @@ def way_of_a_gpu(counter: list[Launches]) -> Iterator[None]:
                (in_place, "on_cpu", lambda device: False), (gradients, "on_cpu", lambda device: False),
                (kernels, "usable", lambda device, dtype: True),
                *((one_pass, name, on_the_host(getattr(one_pass, name))) for name in ("plan", "plan_tiles")),
-               (forward, "checked_ids", on_the_host(forward.checked_ids)),
                *((attention, name, one_launch(getattr(attention, name), counter))
                  for name in ("_forward_call", "_backward_call")),
                (kernels, "fused_statistics", one_launch(kernels.plain_statistics, counter)),

@@ -153,8 +153,7 @@ def _plain_backward(
 
 # %% ../../nbs/library/engine/07_attention.ipynb #bde03a40
 def _forward_call(
-    query: Tensor, key: Tensor, value: Tensor, bounds: Sequence[Tensor],
-    longest: Sequence[int], causal: bool, scale: float,
+    query: Tensor, key: Tensor, value: Tensor, bounds: Bounds, longest: Sequence[int], causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
     "Output and log-sum-exp of one call over many sequences."
     if not query.is_cuda: return _plain_forward(query, key, value, bounds, causal, scale)
@@ -165,7 +164,7 @@ def _forward_call(
 
 def _backward_call(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor,
-    bounds: Sequence[Tensor], longest: Sequence[int], causal: bool, scale: float,
+    bounds: Bounds, longest: Sequence[int], causal: bool, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     "Gradients of one call over many sequences."
     if not query.is_cuda: return _plain_backward(grad, query, key, value, out, lse, bounds, causal, scale)

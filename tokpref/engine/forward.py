@@ -38,12 +38,6 @@ def checked_ids(batch: Any) -> Tensor:
     for name in (*_PARTS[1:], "weights"):
         if batch.get(name) is not None and batch[name].shape != ids.shape:
             raise ValueError(f"{name} is {tuple(batch[name].shape)}, input_ids is {tuple(ids.shape)}: {_MEND}")
-    if ids.device.type != "cpu": return ids         # an accelerator would have to be waited for
-    if not batch["attention_mask"].any(-1).all(): raise ValueError(f"a row of the batch is all padding: {_MEND}")
-    known, longest = batch.get("ref_logps"), int(batch["completion_mask"].sum(-1).max())
-    if known is not None and (known.ndim != 2 or len(known) != len(ids) or known.shape[1] < longest):
-        raise ValueError(f"ref_logps is {tuple(known.shape)}, for {len(ids)} responses of up to {longest} tokens: "
-                         "give one number for each token")
     return ids
 
 
@@ -53,8 +47,15 @@ def host_batch(batch: dict) -> dict[str, Tensor]:
     if "row" in batch and 2 * len(batch["row"]) != len(ids):
         raise ValueError(f"{len(ids)} rows of ids for {len(batch['row'])} pairs: something cut the batch along rows "
                          "and tore pairs apart, as accelerate does with dispatch_batches: set dispatch_batches=False")
-    if ids.device.type == "cpu": return {name: batch[name] for name in names}
-    return dict(zip(names, torch.stack([batch[name].long() for name in names]).cpu(), strict=True))
+    here = {name: batch[name] for name in names}
+    if ids.device.type != "cpu":
+        here = dict(zip(names, torch.stack([x.long() for x in here.values()]).cpu(), strict=True))
+    if not here["attention_mask"].any(-1).all(): raise ValueError(f"a row of the batch is all padding: {_MEND}")
+    known, longest = batch.get("ref_logps"), int(here["completion_mask"].sum(-1).max())
+    if known is not None and (known.ndim != 2 or len(known) != len(ids) or known.shape[1] < longest):
+        raise ValueError(f"ref_logps is {tuple(known.shape)}, for {len(ids)} responses of up to {longest} tokens: "
+                         "give one number for each token")
+    return here
 
 # %% ../../nbs/library/engine/01_forward.ipynb #d6e27a7d
 class Responses(NamedTuple):

@@ -12,8 +12,7 @@ from typing import Any
 from torch import nn
 
 from ..losses.types import TokenStats
-from . import forward
-from .forward import features, moved, on_the_right, reference_features, response_positions, row_grid
+from .forward import checked_ids, features, moved, on_the_right, reference_features, response_positions, row_grid
 from .gradients import scored_twice
 from .in_place import Wants
 
@@ -93,7 +92,7 @@ def token_stats(
 
     Arguments and errors are those of `response_stats`; an odd number of rows is a `ValueError`.
     """
-    pairs = pairs_of(len(forward.checked_ids(batch)))
+    pairs = pairs_of(len(checked_ids(batch)))
     wants = Wants(kl, reverse_kl, entropy)
     chosen, rejected = _measure(model, ref_model, batch, [0] * pairs + [1] * pairs, wants, baseline, chunk_size)
     return chosen, rejected
