@@ -47,7 +47,7 @@ def host_batch(batch: dict) -> dict[str, Tensor]:
     if "row" in batch and 2 * len(batch["row"]) != len(ids):
         raise ValueError(f"{len(ids)} rows of ids for {len(batch['row'])} pairs: something cut the batch along rows "
                          "and tore pairs apart, as accelerate does with dispatch_batches: set dispatch_batches=False")
-    here = {name: batch[name] for name in names}
+    here: dict[str, Tensor] = {name: batch[name] for name in names}
     if ids.device.type != "cpu":
         here = dict(zip(names, torch.stack([x.long() for x in here.values()]).cpu(), strict=True))
     if not here["attention_mask"].any(-1).all(): raise ValueError(f"a row of the batch is all padding: {_MEND}")
