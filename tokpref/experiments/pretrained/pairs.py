@@ -15,7 +15,7 @@ from typing import NamedTuple
 from datasets import Dataset
 
 from ...data import load_preferences
-from ..scratch import ScratchConfig
+from ..scratch import FRESH, ScratchConfig
 from .start import StartConfig
 
 # %% ../../../nbs/experiments/pretrained/01_pairs.ipynb #efcb75fc
@@ -53,6 +53,12 @@ class HubConfig(StartConfig, ScratchConfig):
     def data(self) -> dict[str, str]:
         "The pairs, unless they are made up."
         return {} if self.source == "made-up" else {"source": self.source}
+
+    def unread(self) -> tuple[str, ...]:
+        "How a fresh model is made, where one is named; how answers are drawn that no judge and no measure asks for."
+        named = () if self.model == "scratch" else (*FRESH, "context")
+        judged = () if self.judge else ("judged_temperature", "judged_top_p")
+        return (*named, *judged, *(() if self.nucleus_samples else ("top_p",)))
 
     def knows_reward(self) -> bool:
         "People's choices, and no reward."

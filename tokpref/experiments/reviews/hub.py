@@ -24,7 +24,7 @@ from ...precision import fastest_device, pick_precision
 from ..compare import Problem, read_json, write_json
 from ..compare.stages import Preparation, Stage, StageWork
 from ..pretrained.start import StartConfig, sft
-from ..scratch import held_out_loss
+from ..scratch import FRESH, held_out_loss
 from .prepare import CLASSIFIER, PAIRS_OF_START, prepare_reviews, problem_of, word_reward
 from .texts import SentimentConfig, load_reviews, openings
 
@@ -44,6 +44,11 @@ class HubSentimentConfig(StartConfig, SentimentConfig):
         "The language model, and the classifier unless it is made here."
         classifier = {} if self.reward_model == "words" else {"reward_model": self.reward_model}
         return {"model": self.model, **classifier}
+
+    def unread(self) -> tuple[str, ...]:
+        "How a fresh model is made; and how the classifier of words is, where another one is named."
+        words = ("features", "passages", "passage_words", "classifier_batch")
+        return (*FRESH, *(() if self.reward_model == "words" else words))
 
 # %% ../../../nbs/experiments/reviews/04_hub.ipynb #4bfa9cd9
 def positive_label(labels: dict[int, str]) -> int:
