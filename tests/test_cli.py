@@ -307,6 +307,18 @@ def test_adpo_is_evaluated(run, home):
         assert code == 2 and "--loss-options takes" in text
 
 
+@pytest.mark.parametrize("loss, beta", [("dpo", 0.1), ("sft", 1.0), ("sft+simpo", 2.0), ("dpo_norm+dpo", 5.0)])
+def test_every_loss_is_evaluated_also_one_without_beta(run, home, loss, beta):
+    "Rewards of whole responses have the beta of the loss, of a sum that of its first term with one."
+    numbers = home / "numbers.json"
+    given = "evaluate", "--model", home / "adapter", "--split", "train", "--json", numbers, "--loss"
+    code, text = run(*given, loss)
+    assert code == 0, text
+    found = json.loads(numbers.read_text())["implicit/margins"]
+    assert run(*given, "dpo", "--beta", 1)[0] == 0
+    assert found == pytest.approx(beta * json.loads(numbers.read_text())["implicit/margins"], rel=1e-5)
+
+
 def test_tbpo_q_is_evaluated_with_its_head(run, home):
     more = "--set", "baseline_learning_rate=1.0", *STEP, "--set", "max_steps=3"
     assert run("train", "--model", home / "model", "--loss", "tbpo_q", "--output", home / "out", *more)[0] == 0

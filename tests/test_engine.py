@@ -924,6 +924,7 @@ def test_an_auxiliary_loss_that_a_model_does_not_give_is_refused():
     model.config.output_router_logits, model.config.router_aux_loss_coef = True, 0.1
     with pytest.raises(ValueError, match="asks for an auxiliary loss, which LlamaForCausalLM does not give"):
         pair_loss(model, model, make_batch(), LOSSES["dpo"])
+    assert pair_loss(make("Llama"), model, make_batch(), LOSSES["dpo"]).loss.isfinite()     # a reference adds none
 
 
 @pytest.mark.parametrize("name,noise", [("Mixtral", dict(router_jitter_noise=0.3)),

@@ -5,6 +5,7 @@ A short version runs with the other tests; `make test-faults` (TOKPREF_FAULTS=1)
 
 import contextlib
 import copy
+import errno
 import json
 import os
 import random
@@ -298,6 +299,29 @@ def test_the_lock_of_a_killed_process_is_open(tmp_path):
     assert in_child(hold, tmp_path) == -signal.SIGKILL and (tmp_path / ".x.lock").exists()
     with one_at_a_time(tmp_path / "x", lambda line: pytest.fail(line)): pass
     assert not list(tmp_path.iterdir())
+
+
+def test_one_process_at_a_time_is_inside(tmp_path):
+    "Each reads a number and writes the next: none is lost, though the lock's file is removed each time."
+    def count(folder):
+        for _ in range(10):
+            with one_at_a_time(folder / "x"):
+                number = int((folder / "number").read_text())
+                time.sleep(0.001)
+                (folder / "number").write_text(str(number + 1))
+
+    (tmp_path / "number").write_text("0")
+    children = [threading.Thread(target=in_child, args=(count, tmp_path)) for _ in range(3)]
+    for child in children: child.start()
+    for child in children: child.join()
+    assert (tmp_path / "number").read_text() == "30" and [path.name for path in tmp_path.iterdir()] == ["number"]
+
+
+def test_where_no_lock_can_be_had_the_work_is_done(tmp_path, monkeypatch):
+    def no_lock(*_, **__): raise OSError(errno.ENOLCK, "No locks available")
+    monkeypatch.setattr("filelock.FileLock.acquire", no_lock)
+    with one_at_a_time(tmp_path / "x"): (tmp_path / "x").write_text("done")
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
 
 
 def test_many_writers_of_one_file_leave_a_whole_one(tmp_path):

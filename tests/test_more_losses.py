@@ -153,6 +153,19 @@ def test_a_sum_asks_for_what_its_terms_ask_for():
     assert len(LOSSES["dpo+sft"].functions()) == 3
 
 
+def test_the_options_in_force_are_the_given_ones_and_the_defaults_of_the_others():
+    assert LOSSES["dpo"].values({"beta": 0.3}) == LOSSES["dpo"].defaults() | {"beta": 0.3}
+    total = LOSSES["dpo+simpo+sft"]
+    assert total.values({"beta": 0.3}) == {"beta": 0.3, "gamma": 1.0, **{
+        name: value for name, value in LOSSES["dpo"].defaults().items() if name != "beta"}}
+    found = total.values({"beta": 0.3, "simpo.beta": 2.5})
+    assert (found["dpo.beta"], found["simpo.beta"]) == (0.3, 2.5) and "beta" not in found
+    def plain(chosen, rejected, scale): return LOSSES["sft"](chosen, rejected)
+    for options in (("beta",), ("scale",)):     # one that the function does not take, and one without a default
+        spec = LossSpec(plain, source="here", options=options)
+        assert spec.defaults() == {} and spec.values({"scale": 2}) == {"scale": 2}
+
+
 def test_a_sum_with_a_loss_that_mixes_pairs_mixes_pairs(monkeypatch):
     def centred(chosen, rejected, beta=0.1):
         margin = chosen.log_ratio.sum(-1) - rejected.log_ratio.sum(-1)

@@ -413,9 +413,11 @@ def test_rows_that_are_lost_or_cut_are_told(make, caplog):
     with caplog.at_level(logging.WARNING, "tokpref.training"): make(dict(train_dataset=bad), max_length=12)
     said = " ".join(caplog.messages)
     assert "train: 2 of 8 pairs dropped" in said and "cut" in said and "trainer.reports['train']" in said
-    caplog.clear()
-    with caplog.at_level(logging.WARNING, "tokpref.training"): make()
-    assert not caplog.messages
+    for more, expected in (({}, []), ({"id": 1, "score": 3.0}, ["train: columns that are not read: score"])):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, "tokpref.training"):
+            make(dict(train_dataset=[pair | more for pair in PAIRS]))
+        assert caplog.messages == expected
 
 
 def test_pairs_of_like_length_can_share_a_batch(make):
@@ -786,6 +788,14 @@ def test_the_card_says_how_far_training_went(make):
     trainer.train()
     card = model_card(trainer)
     assert "| steps | 3 |" in card and "| epochs | 1 |" in card
+
+
+def test_the_card_has_the_options_in_force(make, monkeypatch):
+    card = model_card(make(loss="dpo+simpo", beta=0.3, loss_options={"simpo.beta": 2.5}))
+    assert "| dpo.beta | 0.3 |" in card and "| simpo.beta | 2.5 |" in card and "| beta |" not in card
+    def plain(chosen, rejected): return LOSSES["sft"](chosen, rejected)
+    monkeypatch.setitem(LOSSES, "plain", LossSpec(plain, source="here"))       # options are beta, if nothing is said
+    assert "| beta |" not in model_card(make(loss="plain"))
 
 
 def test_compiled_layers_train_as_before_with_all_fast_ways(make):

@@ -11,7 +11,6 @@ import contextlib
 import errno
 import functools
 import hashlib
-import importlib
 import itertools
 import json
 import os
@@ -22,8 +21,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-_fcntl: Any = None
-with contextlib.suppress(ImportError): _fcntl = importlib.import_module("fcntl")     # Windows has none
+from filelock import FileLock, Timeout
 
 # %% ../nbs/library/05_files.ipynb #e9b21fb2
 _REASONS = {
@@ -239,37 +237,21 @@ def last_checkpoint(folder: str | os.PathLike, say: Callable[[str], Any] | None 
     return None
 
 # %% ../nbs/library/05_files.ipynb #4ea9df44
-def _lock(path: Path, wait: bool) -> int | None:
-    "A handle that holds the lock of a file; None where a disk has no locks. Raises `BlockingIOError` if it is taken."
-    if _fcntl is None: return None
-    while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT)
-        try:
-            _fcntl.flock(handle, _fcntl.LOCK_EX | (0 if wait else _fcntl.LOCK_NB))
-            if path.exists() and os.path.samestat(os.stat(path), os.fstat(handle)): return handle
-        except FileNotFoundError: pass      # the one before removed it just now
-        except BlockingIOError:
-            os.close(handle)
-            raise
-        except OSError:
-            os.close(handle)
-            return None
-        os.close(handle)
-
-
 @contextlib.contextmanager
 def one_at_a_time(path: str | os.PathLike, say: Callable[[str], Any] | None = None) -> Iterator[None]:
     "Inside, no other process is inside for the same path; `say` gets a line where this one has to wait."
     path = Path(path)
     mark = path.with_name(f".{path.name}.lock")
+    lock = FileLock(mark)
     with telling(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        try: handle = _lock(mark, wait=False)
-        except BlockingIOError:
+        try: lock.acquire(timeout=0)
+        except Timeout:
             if say is not None: say(f"{path.name}: another process is making it; waiting for that")
-            handle = _lock(mark, wait=True)
+            lock.acquire()
+        except (OSError, NotImplementedError) as error:     # a disk without locks is no obstacle
+            if why_not_written(error): raise
     try: yield
     finally:
-        if handle is not None:
-            _remove(mark)
-            os.close(handle)
+        if lock.is_locked: _remove(mark)        # who waits for it looks whether its file is still there
+        lock.release()

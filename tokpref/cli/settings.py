@@ -94,7 +94,7 @@ def _four_bits(settings: dict[str, Any]) -> dict[str, Any]:
         raise ValueError("--load-in-4bit leaves no weight to train: add --lora 16, an adapter of rank 16")
     return {**(settings.get("model_init_kwargs") or {}), "load_in_4bit": True}
 
-
+# %% ../../nbs/library/cli/00_settings.ipynb #46557b3b
 def train_settings(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
     """(what to load, fields of `PreferenceConfig`) from file, flags and `--set`.
 

@@ -46,7 +46,7 @@ def check_tokenizer(
         raise ValueError(f"tokenizer has {tokens} tokens but the model embeds {rows}: use the model's own tokenizer, "
                          f"or call model.resize_token_embeddings({tokens})")
 
-# %% ../../nbs/library/data/01_tokens.ipynb #21cafe6f
+# %% ../../nbs/library/data/01_tokens.ipynb #b3f6f57e
 def _plain_ids(texts: list[str], tokenizer: Any) -> list[list[int]]:
     "Ids of texts, each as if it stood alone, without special tokens."
     return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
@@ -62,7 +62,7 @@ def _begins_otherwise(anchor: str, letters: list[str], tokenizer: Any) -> bool |
         return behind != start + alone
     return None
 
-
+# %% ../../nbs/library/data/01_tokens.ipynb #872be59c
 def continue_ids(
     texts: list[str],
     tokenizer: Any,
@@ -92,7 +92,7 @@ def _nearest(behind: list[int], alone: list[int], head: str, text: str, tokenize
     read = [tokenizer.decode(ids) for ids in (whole, start + behind, start + alone)]
     return alone if read[0] == read[2] != read[1] else behind
 
-
+# %% ../../nbs/library/data/01_tokens.ipynb #21cafe6f
 def begin_ids(tokenizer: Any) -> list[int]:
     "`[bos]` if this tokenizer opens a text with a begin token, else nothing."
     bos = tokenizer.bos_token_id

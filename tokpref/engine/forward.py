@@ -283,6 +283,8 @@ def features(
     model: nn.Module,                       # any causal LM of transformers, wrappers included
     batch: dict,                            # what it runs on
     positions: tuple[Tensor, Tensor],       # [N] row and column of the states that are wanted
+    *,
+    auxiliary: bool = True,                 # with what a mixture of experts adds to the loss
 ) -> Features:
     "One forward pass, and what the model says at N positions."
     check_language_model(model)
@@ -294,7 +296,7 @@ def features(
         if hidden is not None: head = gathered(head, hidden.dtype)
         if base not in _doubts: _doubts[base] = _doubt(head, hidden, out.logits)
         if _doubts[base] is None and hidden is not None:
-            return Features(hidden[rows, columns], head, auxiliary=auxiliary_loss(base, out))
+            return Features(hidden[rows, columns], head, auxiliary=auxiliary_loss(base, out) if auxiliary else None)
     if base not in _told:
         _told.add(base)
         reason = full_logits_reason(model)
@@ -303,7 +305,7 @@ def features(
     logits = out.logits[:, -length:][rows, columns]
     states = getattr(out, "hidden_states", None)
     hidden = states[-1][:, -length:][rows, columns] if states and states[-1].dim() == 3 else logits[:, :0]
-    return Features(hidden, None, logits, auxiliary_loss(base, out))
+    return Features(hidden, None, logits, auxiliary_loss(base, out) if auxiliary else None)
 
 # %% ../../nbs/library/engine/01_forward.ipynb #16c8e8e4
 def reference_features(
@@ -314,4 +316,4 @@ def reference_features(
 ) -> Features | None:
     "Features of the reference, without gradient and in evaluation mode; None where there is no reference."
     with reference_of(model, ref_model) as reference:
-        return None if reference is None else features(reference, batch, positions)
+        return None if reference is None else features(reference, batch, positions, auxiliary=False)

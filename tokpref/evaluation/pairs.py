@@ -50,7 +50,8 @@ def _loss_and_options(
         raise ValueError(f"loss {loss!r} needs the BaselineHead it was trained with: pass baseline=")
     if baseline is not None and not spec.baseline:
         raise ValueError(f"loss {loss!r} has no baseline: leave baseline= out")
-    return spec, options, options.get("beta", spec.defaults()["beta"])
+    betas = [value for name, value in spec.values(options).items() if name.split(".")[-1] == "beta"]
+    return spec, options, (betas or [1.0])[0]
 
 
 def _by_pair(
@@ -108,8 +109,8 @@ def preference_metrics(
 
     `loss`: the loss. `rewards/chosen|rejected|margins|accuracies`: the loss's own rewards, as in training.
     `implicit/chosen|rejected|margins|accuracies`: βΔ(y), Δ = Σ_t ρ_t without token weights, the same for every loss;
-    the accuracy is the share of pairs with Δ^w > Δ^l, strictly (2305.18290's code): a tie counts as wrong, so an
-    untrained policy has accuracy 0.
+    β is the loss's, of a sum that of the first term with one, and 1 for a loss without; the accuracy is the share of
+    pairs with Δ^w > Δ^l, strictly (2305.18290's code): a tie counts as wrong, so an untrained policy has accuracy 0.
     `kl/chosen|rejected`: SeqKL(y) = Σ_t KL(π_ref‖π_θ), nats, and `kl/margin` = SeqKL(y^w) − SeqKL(y^l), signed
     (2404.11999's code; its figure 3 shows the absolute value). `reverse_kl/…`: the same with KL(π_θ‖π_ref).
     `entropy`: of π_θ, nats a token. `logps/…`: log π_θ(y), nats. `length/chosen|rejected`: tokens;

@@ -65,22 +65,28 @@ class LossSum(LossSpec):
 
     terms: tuple[tuple[str, float, LossSpec], ...] = ()     # name, weight, loss
 
+    def values(self, options: Mapping) -> dict:
+        "The options in force; one that differs between the terms stands under the name of each."
+        found: dict[str, dict] = {}     # option -> the value of each term that reads it
+        for name, _, loss in self.terms:
+            for option, value in loss.values(options_of(name, loss, options)).items():
+                found.setdefault(option, {})[name] = value
+        shown = {}
+        for option, values in found.items():
+            first = next(iter(values.values()))
+            if all(value == first for value in values.values()): shown[option] = first
+            else: shown.update({f"{name}.{option}": value for name, value in values.items()})
+        return shown
+
     def defaults(self) -> dict:
         "Default values; one that differs between the terms stands under the name of each."
-        found: dict[str, list] = {}
-        for name, _, loss in self.terms:
-            for option, value in loss.defaults().items(): found.setdefault(option, []).append((name, value))
-        defaults = {}
-        for option, values in found.items():
-            if all(value == values[0][1] for _, value in values): defaults[option] = values[0][1]
-            else: defaults.update({f"{name}.{option}": value for name, value in values})
-        return defaults
+        return self.values({})
 
     def functions(self) -> tuple[Callable, ...]:
         "The functions whose code decides what this loss is."
         return self.fn, *(function for _, _, loss in self.terms for function in loss.functions())
 
-
+# %% ../../nbs/library/losses/04_sums.ipynb #3321bb23
 def _summed(terms: tuple[tuple[str, float, LossSpec], ...]) -> Callable[..., PairLoss]:
     "The function of a sum; rewards are those of the first term."
     def losses(chosen: TokenStats, rejected: TokenStats, **options) -> PairLoss:

@@ -7,7 +7,7 @@ __all__ = ['DECLARED', 'TokenStats', 'check_same_batch', 'nonempty_lengths', 'Pa
 
 # %% ../../nbs/library/losses/00_types.ipynb #bf55e1ed
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -138,9 +138,14 @@ class LossSpec:
     reverse_kl: bool = False                # needs the full-vocabulary reverse KL, which carries no gradient
 
     def defaults(self) -> dict:
-        "The options this loss reads, with their default values."
+        "The options this loss reads, with their default values; one without a default is left out."
         parameters = inspect.signature(self.fn).parameters
-        return {name: parameters[name].default for name in self.options}
+        known = {name: parameters[name].default for name in self.options if name in parameters}
+        return {name: value for name, value in known.items() if value is not inspect.Parameter.empty}
+
+    def values(self, options: Mapping) -> dict:
+        "The options in force: those that are given, and the defaults of the others."
+        return {**self.defaults(), **options}
 
     def functions(self) -> tuple[Callable, ...]:
         "The functions whose code decides what this loss is."

@@ -54,7 +54,7 @@ def model_card(
     "Markdown: the loss, where it comes from, the settings that matter, the last evaluation, the versions."
     args, spec, state = trainer.args, trainer.spec, trainer.state
     settings = {
-        "loss": args.loss, **spec.defaults(), **args.options,
+        "loss": args.loss, **spec.values(args.options),
         "learning rate": args.learning_rate,
         "steps": state.global_step,
         "epochs": float(state.epoch or 0),

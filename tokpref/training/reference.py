@@ -48,13 +48,12 @@ def choose_reference(
     if args.reference_without_adapter and (ref_model is not None or not has_adapter(policy)):
         why = "the policy has no adapter" if ref_model is None else "ref_model is the reference"
         raise ValueError(f"reference_without_adapter would be ignored: {why}")
-    trained_before = has_adapter(policy) and not adapter_is_new(policy)
     if args.sync_ref_model and args.reference_without_adapter:
         raise ValueError("reference_without_adapter would be ignored: sync_ref_model makes the reference follow the "
                          "policy, its adapter included")
-    if ref_model is None and has_adapter(policy) and args.sync_ref_model: return frozen_twin(policy)
-    if ref_model is None and trained_before and not args.reference_without_adapter:
-        if int(os.environ.get("RANK", 0)) == 0: _log.warning(_COPIED)
+    own_adapter = ref_model is None and has_adapter(policy) and not args.reference_without_adapter
+    if own_adapter and (args.sync_ref_model or not adapter_is_new(policy)):
+        if int(os.environ.get("RANK", 0)) == 0 and not args.sync_ref_model: _log.warning(_COPIED)
         return frozen_twin(policy)
     reference = pick_reference(policy, ref_model, otherwise="copy" if needed else "none")
     return None if reference is None else frozen(reference)

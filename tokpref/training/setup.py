@@ -211,8 +211,9 @@ def _column_names(dataset: Any) -> list[str]:
     return list(getattr(dataset, "column_names", None) or ())
 
 
-def _tell_dropped(name: str, report: PrepReport) -> None:
-    "One line in the log if rows were dropped or cut."
+def _tell_lost(name: str, report: PrepReport) -> None:
+    "A line in the log if rows were dropped or cut, and one if there are columns that nothing reads."
+    if report.unread: _tell(logging.WARNING, "%s: columns that are not read: %s", name, ", ".join(report.unread))
     lost = [f"{part} cut in {count}" for part, count in report.truncated.items() if count]
     if report.kept < report.rows: lost.insert(0, f"{report.rows - report.kept} of {report.rows} pairs dropped")
     elif lost: lost.insert(0, f"0 of {report.rows} pairs dropped")
@@ -243,7 +244,7 @@ def prepare_dataset(
         dataset, reports[name] = prepare(
             dataset, tokenizer, args.max_length, name=name, max_prompt_length=args.max_prompt_length,
             chat_template_kwargs=template, num_proc=args.dataset_num_proc)
-        _tell_dropped(name, reports[name])
+        _tell_lost(name, reports[name])
     elif isinstance(dataset, list): dataset = Dataset.from_list(dataset)
     elif isinstance(dataset, Dataset) and dataset.format["type"] != "custom": dataset = dataset.with_format(None)
     if positions and isinstance(dataset, Dataset): check_positions(dataset, positions, name)

@@ -8,99 +8,26 @@ __all__ = ['PreferenceTrainer']
 # %% ../../nbs/library/training/03_trainer.ipynb #fcd11c79
 import contextlib
 import functools
-import logging
-import os
-import shutil
-from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import Trainer, set_seed
+from transformers import set_seed
 
-from ..data import PreferenceCollator, PrepReport
+from ..data import PreferenceCollator
 from ..engine.one_pass import BatchLoss, pair_loss
 from ..engine.packing import split_by_tokens
-from ..files import checkpoint_damage, last_checkpoint, seal, telling, whole_file, whole_files, write_whole
-from ..losses.registry import LossSpec, check_loss
+from ..losses.registry import check_loss
 from ..metrics import RunningAverages, learning_signal, pair_metrics
 from ..models import disable_dropout, has_adapter, max_positions, reference_of
 from . import setup
-from .card import model_card
 from .config import PreferenceConfig, check_even, check_streams
 from .reference import MovingReference, check_movable, choose_reference, shard_reference
+from .saving import CardPart, ResumingPart, RunPart, SavingPart
 
-# %% ../../nbs/library/training/03_trainer.ipynb #17a6bb64
-_log = logging.getLogger(__name__)
-
-# %% ../../nbs/library/training/03_trainer.ipynb #848ece6d
-class PreferenceTrainer(Trainer):
-    """A `transformers.Trainer` whose loss is any entry of `LOSSES`.
-
-    Raises `ValueError` or `TypeError`, before anything is trained, for bad options, data, tokenizer, weights or
-    reference.
-    """
-
-    args: PreferenceConfig      # pyright: ignore[reportIncompatibleVariableOverride]: a `TrainingArguments` with more
-
-    def __init__(
-        self,
-        model: nn.Module | str,                 # the policy, or the name of one to load, in float32
-        args: PreferenceConfig | None = None,   # None: DPO with defaults, into ./tokpref-output
-        train_dataset: Any = None,              # prompt/chosen/rejected as text or messages, or prepared rows
-        eval_dataset: Any = None,               # the same, or a dict of several
-        ref_model: nn.Module | str | None = None,   # or a name; None: the policy as handed over
-        processing_class: Any = None,           # the tokenizer; None: loaded with a model given by name
-        peft_config: Any = None,                # wraps the model in a new adapter
-        data_collator: Any = None,              # None: a `PreferenceCollator`
-        **trainer_kwargs: Any,                  # callbacks, optimizers, ...: `transformers.Trainer` checks them
-    ):
-        args = args or PreferenceConfig(output_dir="tokpref-output")
-        setup.check_arguments(args, train_dataset, trainer_kwargs)
-        self.spec: LossSpec = check_loss(args.loss, args.options)
-        self.loss = functools.partial(self.spec, **args.options)
-        if args.precompute_ref_logps: setup.check_precompute(self.spec, args.loss)
-
-        set_seed(args.seed)                         # a new adapter is random
-        policy, ref_model, tokenizer = setup.load_models(
-            model, ref_model, processing_class, peft_config, init=cast(dict, args.model_init_kwargs))
-        self.ref_model = choose_reference(policy, ref_model, args, needed=self.spec.reference)
-        self.adapter_off: bool = self.ref_model is None and has_adapter(policy)     # that is the reference
-        for module in (policy, self.ref_model) if args.disable_dropout else ():
-            if module is not None: disable_dropout(module)
-
-        self.positions: int | None = max_positions(policy, self.ref_model)     # None: no limit is known
-        self.reports: dict[str, PrepReport] = {}                # of the data that were tokenised here
-        self.prepare = functools.partial(
-            setup.prepare_dataset, tokenizer=tokenizer, args=args, positions=self.positions, reports=self.reports)
-        super().__init__(
-            model=policy, args=args, processing_class=tokenizer,
-            train_dataset=self.prepare(train_dataset, name="train"),
-            eval_dataset=self.prepare(eval_dataset, name="eval"),
-            data_collator=data_collator or PreferenceCollator(tokenizer.pad_token_id), **trainer_kwargs)
-        if args.n_gpu > 1:
-            raise ValueError(f"one process sees {args.n_gpu} GPUs: start with torchrun --nproc-per-node {args.n_gpu}, "
-                             "or set CUDA_VISIBLE_DEVICES=0")
-        check_streams(self.eval_dataset, args.world_size)
-        check_even(self.accelerator.even_batches, args.world_size)
-        self.accelerator.dataloader_config.dispatch_batches = False     # a batch cut along its rows tears pairs apart
-        if args.torch_compile: setup.compile_by_layers(self.accelerator, args, policy, self.ref_model)
-        setup.check_token_budget(args, self.loss, sharded=self.is_fsdp_enabled or self.is_deepspeed_enabled)
-
-        self.model_accepts_loss_kwargs = False      # the Trainer divides the mean loss by accumulation steps
-        self.share: float = 1.0                     # what the mean loss of the pass under way counts for
-        self.idle: bool = False                     # the last batch of this process only fills up
-        self.engine: dict[str, bool] | None = None  # which of the fast ways are on; None: before the first batch
-        self.unseen: list[tuple[Tensor, Tensor]] = []    # losses and rows that were not looked at yet
-        self.averages = {"train": RunningAverages(), "eval": RunningAverages()}
-        self.baseline_head: Any = None              # TBPO-Q's
-        if self.spec.baseline:
-            self.baseline_head = setup.make_baseline_head(policy, args.baseline_width, self.accelerator)
-        if self.ref_model is not None and args.precompute_ref_logps: self.ref_model.to(args.device)
-        elif self.ref_model is not None: self.ref_model = shard_reference(self.ref_model, self.accelerator)
-        if args.sync_ref_model: self.move_reference(args)
-        if args.precompute_ref_logps: self.precompute_reference()
+# %% ../../nbs/library/training/03_trainer.ipynb #99006812
+class _ReferencePart(RunPart):
+    "What becomes of the reference before the first step."
 
     def precompute_reference(self) -> None:
         "Run the reference over all data, then let go of it."
@@ -118,13 +45,45 @@ class PreferenceTrainer(Trainer):
         check_movable(self.ref_model, policy, share, sharded=self.is_fsdp_enabled)
         self.add_callback(MovingReference(cast(nn.Module, self.ref_model), share, args.ref_model_sync_steps))
 
-    # A step
+# %% ../../nbs/library/training/03_trainer.ipynb #54b438ce
+class _MakingPart(_ReferencePart):
+    "What stands between the settings and the first step."
 
-    def will_log(self) -> bool:
-        "Whether the step under way is one that is logged."
-        step, every = self.state.global_step + 1, self.state.logging_steps or 1
-        if self.args.logging_strategy != "steps": return True
-        return step % int(every) == 0 or (step == 1 and self.args.logging_first_step)
+    def take_models(self, policy: nn.Module, ref_model: nn.Module | None, args: PreferenceConfig) -> None:
+        "The reference, no dropout in either model, and how long a row may be."
+        self.ref_model = choose_reference(policy, ref_model, args, needed=self.spec.reference)
+        self.adapter_off = self.ref_model is None and has_adapter(policy)       # that is the reference
+        for module in (policy, self.ref_model) if args.disable_dropout else ():
+            if module is not None: disable_dropout(module)
+        self.positions = max_positions(policy, self.ref_model)
+
+    def check_processes(self) -> None:
+        "Raise `ValueError` for what these processes can't share."
+        args = self.args
+        if args.n_gpu > 1:
+            raise ValueError(f"one process sees {args.n_gpu} GPUs: start with torchrun --nproc-per-node {args.n_gpu}, "
+                             "or set CUDA_VISIBLE_DEVICES=0")
+        check_streams(self.eval_dataset, args.world_size)
+        check_even(self.accelerator.even_batches, args.world_size)
+        setup.check_token_budget(args, self.loss, sharded=self.is_fsdp_enabled or self.is_deepspeed_enabled)
+
+    def make_ready(self, policy: nn.Module) -> None:
+        "All that needs the accelerator: baseline head, compiled layers, and the reference in its place."
+        args = self.args
+        self.check_processes()
+        self.model_accepts_loss_kwargs = False      # the Trainer divides the mean loss by accumulation steps
+        self.accelerator.dataloader_config.dispatch_batches = False     # a batch cut along its rows tears pairs apart
+        if args.torch_compile: setup.compile_by_layers(self.accelerator, args, policy, self.ref_model)
+        if self.spec.baseline:
+            self.baseline_head = setup.make_baseline_head(policy, args.baseline_width, self.accelerator)
+        if self.ref_model is not None and args.precompute_ref_logps: self.ref_model.to(args.device)
+        elif self.ref_model is not None: self.ref_model = shard_reference(self.ref_model, self.accelerator)
+        if args.sync_ref_model: self.move_reference(args)
+        if args.precompute_ref_logps: self.precompute_reference()
+
+# %% ../../nbs/library/training/03_trainer.ipynb #49fe0e68
+class _LossPart(RunPart):
+    "From a batch to its loss."
 
     def batch_loss(self, model: nn.Module, inputs: dict[str, Any]) -> BatchLoss:
         "Loss and statistics: what the loss needs, and at evaluation what a reader of the log wants."
@@ -160,6 +119,10 @@ class PreferenceTrainer(Trainer):
         else:       # gathered without the pairs that were repeated to fill a batch
             self.averages["eval"].add(cast(dict, self.accelerator.gather_for_metrics(metrics)))
         return (loss, pairs) if return_outputs else loss
+
+# %% ../../nbs/library/training/03_trainer.ipynb #ea47a643
+class _StepPart(RunPart):
+    "Gradients of a step."
 
     def get_batch_samples(self, epoch_iterator, num_batches, device) -> tuple[list, Any]:
         "The batches of a step, and the number of pairs in them over all processes, none of them twice."
@@ -200,16 +163,9 @@ class PreferenceTrainer(Trainer):
         self.share = 1.0
         return total
 
-    def check_finite(self) -> None:
-        "Raise `FloatingPointError` with step and rows if a loss that was not looked at yet is not finite."
-        unseen, self.unseen = self.unseen, []
-        for losses, rows in unseen:
-            finite = losses.isfinite()
-            if finite.all(): continue
-            step, folder = self.state.global_step, self.args.output_dir
-            raise FloatingPointError(setup.not_finite(step, rows[~finite].tolist(), folder, self.args.learning_rate))
-
-    # An evaluation
+# %% ../../nbs/library/training/03_trainer.ipynb #31eddcf2
+class _EvaluationPart(RunPart):
+    "What is measured on held-out pairs."
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None) -> tuple[Tensor, None, None]:
         "The loss of an evaluation batch; the other metrics are gathered on the way."
@@ -229,11 +185,6 @@ class PreferenceTrainer(Trainer):
         if "loss" in logs: logs = {**self.averages["train"].pop(self.sum_over_processes), **logs}
         super().log(logs, start_time)
 
-    def sum_over_processes(self, table: Tensor) -> Tensor:
-        "A tensor on the CPU, added up over the processes."
-        kind = torch.float32 if self.accelerator.device.type == "mps" else table.dtype
-        return cast(Tensor, self.accelerator.reduce(table.to(self.accelerator.device, kind), "sum")).cpu()
-
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         "As in `transformers.Trainer`; the data may be raw."
         if eval_dataset is None or isinstance(eval_dataset, str): return super().get_eval_dataloader(eval_dataset)
@@ -244,73 +195,44 @@ class PreferenceTrainer(Trainer):
         "As in `transformers.Trainer`; the data may be raw."
         return super().get_test_dataloader(self.prepare(test_dataset, name="predict"))
 
-    # TBPO-Q's head in the optimizer, and what a checkpoint holds
+# %% ../../nbs/library/training/03_trainer.ipynb #848ece6d
+class PreferenceTrainer(
+        _MakingPart, _LossPart, _StepPart, _EvaluationPart, SavingPart, CardPart, ResumingPart):
+    """A `transformers.Trainer` whose loss is any entry of `LOSSES`.
 
-    def create_optimizer(self, *args, **kwargs) -> Any:
-        "The optimizer of `transformers.Trainer`, with a parameter group for the baseline head."
-        optimizer = super().create_optimizer(*args, **kwargs)
-        if self.baseline_head is not None:
-            setup.add_to_optimizer(optimizer, self.baseline_head, self.args.baseline_learning_rate)
-        return optimizer
+    Raises `ValueError` or `TypeError`, before anything is trained, for bad options, data, tokenizer, weights or
+    reference.
+    """
 
-    def _save(self, output_dir: str | None = None, state_dict=None) -> None:
-        folder = Path(output_dir or self.args.output_dir or ".")
-        if not self.args.should_save: return super()._save(str(folder), state_dict)
-        with whole_files(folder) as part:
-            super()._save(str(part), state_dict)
-            (part / "README.md").write_text(model_card(self), encoding="utf-8")
-            if self.baseline_head is not None:
-                save_file(self.accelerator.unwrap_model(self.baseline_head).state_dict(), part / setup.BASELINE_FILE)
+    def __init__(
+        self,
+        model: nn.Module | str,                 # the policy, or the name of one to load, in float32
+        args: PreferenceConfig | None = None,   # None: DPO with defaults, into ./tokpref-output
+        train_dataset: Any = None,              # prompt/chosen/rejected as text or messages, or prepared rows
+        eval_dataset: Any = None,               # the same, or a dict of several
+        ref_model: nn.Module | str | None = None,   # or a name; None: the policy as handed over
+        processing_class: Any = None,           # the tokenizer; None: loaded with a model given by name
+        peft_config: Any = None,                # wraps the model in a new adapter
+        data_collator: Any = None,              # None: a `PreferenceCollator`
+        **trainer_kwargs: Any,                  # callbacks, optimizers, ...: `transformers.Trainer` checks them
+    ):
+        args = args or PreferenceConfig(output_dir="tokpref-output")
+        setup.check_arguments(args, train_dataset, trainer_kwargs)
+        self.spec = check_loss(args.loss, args.options)
+        self.loss = functools.partial(self.spec, **args.options)
+        if args.precompute_ref_logps: setup.check_precompute(self.spec, args.loss)
 
-    def _save_checkpoint(self, model, trial) -> None:
-        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
-        if self.args.should_save: shutil.rmtree(folder, ignore_errors=True)     # that of another run, or half of one
-        self.accelerator.wait_for_everyone()
-        with telling(folder): super()._save_checkpoint(model, trial)
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save and folder.is_dir(): seal(folder)
-
-    def save_state(self) -> None:
-        "As in `transformers.Trainer`, in one go."
-        if not self.is_world_process_zero(): return
-        with whole_file(Path(self.args.output_dir or ".") / "trainer_state.json") as part:
-            self.state.save_to_json(str(part))
-
-    def train(self, resume_from_checkpoint: Any = None, *args, **kwargs) -> Any:
-        """As in `transformers.Trainer`; `True` goes on from the newest whole checkpoint, or starts from the beginning.
-
-        Raises `ValueError` for a checkpoint by name that is not whole.
-        """
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_checkpoint(self.args.output_dir or ".", _log.warning)
-            if resume_from_checkpoint is None: _log.warning("no checkpoint yet: training starts from the beginning")
-        elif resume_from_checkpoint and Path(resume_from_checkpoint).is_dir():
-            wrong = checkpoint_damage(resume_from_checkpoint)
-            if wrong: raise ValueError(f"{Path(resume_from_checkpoint).name}: {wrong}: go on from an older one")
-        return super().train(resume_from_checkpoint, *args, **kwargs)
-
-    def create_model_card(self, language=None, license=None, tags=None, model_name=None, finetuned_from=None,
-                          tasks=None, dataset_tags=None, dataset=None, dataset_args=None) -> None:
-        "Write `model_card` with what the hub is to know besides; `push_to_hub` calls this and names the model."
-        for name, value in dict(tasks=tasks, dataset_tags=dataset_tags, dataset_args=dataset_args).items():
-            if value is not None: raise ValueError(f"{name} would be ignored: the card of a run has no place for it")
-        if not self.is_world_process_zero(): return
-        more = {"language": language, "license": license, "datasets": dataset}
-        if finetuned_from is not None: more["base_model"] = finetuned_from
-        tags = [tags] if isinstance(tags, str) else tags or []
-        write_whole(Path(self.args.output_dir or ".") / "README.md", model_card(self, tags, **more))
-
-    def load_head(self, folder: str | os.PathLike) -> None:
-        "The weights of the baseline head from a checkpoint; nothing for a loss that has none."
-        if self.baseline_head is None: return
-        self.accelerator.unwrap_model(self.baseline_head).load_state_dict(setup.load_baseline_head(folder).state_dict())
-
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
-        if self.args.sync_ref_model:
-            raise ValueError("a run with sync_ref_model can't be resumed: no checkpoint has its reference; start again")
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self.load_head(resume_from_checkpoint)
-
-    def _load_best_model(self) -> None:
-        super()._load_best_model()
-        if self.state.best_model_checkpoint is not None: self.load_head(self.state.best_model_checkpoint)
+        set_seed(args.seed)                         # a new adapter is random
+        policy, ref_model, tokenizer = setup.load_models(
+            model, ref_model, processing_class, peft_config, init=cast(dict, args.model_init_kwargs))
+        self.take_models(policy, ref_model, args)
+        self.reports, self.unseen = {}, []
+        self.averages = {"train": RunningAverages(), "eval": RunningAverages()}
+        self.prepare = functools.partial(
+            setup.prepare_dataset, tokenizer=tokenizer, args=args, positions=self.positions, reports=self.reports)
+        super().__init__(
+            model=policy, args=args, processing_class=tokenizer,
+            train_dataset=self.prepare(train_dataset, name="train"),
+            eval_dataset=self.prepare(eval_dataset, name="eval"),
+            data_collator=data_collator or PreferenceCollator(tokenizer.pad_token_id), **trainer_kwargs)
+        self.make_ready(policy)

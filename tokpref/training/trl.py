@@ -33,6 +33,8 @@ TRL_RENAMED = {
     "precompute_ref_log_probs": "`precompute_ref_logps`",
     "trust_remote_code": "`model_init_kwargs={\"trust_remote_code\": True}`",
 }
+
+# %% ../../nbs/library/training/04_trl.ipynb #e0b912e9
 TRL_MISSING = {
     "router_aux_loss_coef": "set model.config.output_router_logits=True, and router_aux_loss_coef beside it",
     "truncation_mode": "a prompt loses its beginning, a response its end",
@@ -45,6 +47,8 @@ TRL_MISSING = {
     "activation_offloading": "set gradient_checkpointing=True, or a token_budget",
     "pad_token": "set tokenizer.pad_token, and pass the tokenizer as processing_class",
 }
+
+# %% ../../nbs/library/training/04_trl.ipynb #11d4ee04
 TRL_OLDER = {     # of versions before 1.16
     "rpo_alpha": "add a term of supervised training, loss='dpo+1.0*sft'",
     "reference_free": "losses without reference are simpo, orpo and cpo",
