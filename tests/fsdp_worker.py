@@ -3,7 +3,6 @@
 import json
 import os
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +10,17 @@ import torch
 from accelerate import state
 from accelerate.utils import DistributedType
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from torch.distributed.fsdp import FSDPModule
 from train_worker import pairs, tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tokpref import PreferenceConfig, PreferenceTrainer
+from tokpref.engine.forward import full_logits_reason
 
 SHARDS = dict(ACCELERATE_USE_FSDP="true", FSDP_VERSION="2", FSDP_AUTO_WRAP_POLICY="TRANSFORMER_BASED_WRAP",
               FSDP_TRANSFORMER_CLS_TO_WRAP="LlamaDecoderLayer", FSDP_RESHARD_AFTER_FORWARD="true",
-              FSDP_STATE_DICT_TYPE="FULL_STATE_DICT", FSDP_CPU_RAM_EFFICIENT_LOADING="false")
+              FSDP_CPU_RAM_EFFICIENT_LOADING="false")       # checkpoints keep shards, as accelerate launch has it
 
 
 def shard_on_cpus() -> None:
@@ -29,7 +30,9 @@ def shard_on_cpus() -> None:
     def init(self, *args, **settings):
         fresh, plugin = not state.AcceleratorState._shared_state, settings.get("fsdp_plugin")
         plain(self, *args, **settings)
-        if fresh and plugin is not None: self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, plugin
+        if not fresh or plugin is None: return
+        self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, plugin
+        state.PartialState._shared_state["distributed_type"] = DistributedType.FSDP      # each later state reads it there
 
     setattr(state.AcceleratorState, "__init__", init)       # noqa: B010
 
@@ -44,18 +47,29 @@ def make_model(tied: bool, adapter: bool) -> Any:
     return get_peft_model(model, LoraConfig(r=2, task_type="CAUSAL_LM", **trained_before))
 
 
-def run(processes: int, tied: bool = False, adapter: bool = False, **settings) -> dict:
-    "What was logged and measured, which ways were taken, and whether policy and reference were in shards."
+def saved(folder: str) -> dict[str, float]:
+    "The norm of each weight that a saved model holds."
+    (file,) = Path(folder).glob("*model.safetensors")
+    return {name: weight.float().norm().item() for name, weight in sorted(load_file(file).items())}
+
+
+def run(folder: str, processes: int, tied: bool = False, adapter: bool = False, start: str | None = None,
+        **settings) -> dict:
+    "What was logged, measured and saved, which ways were taken, and whether policy and reference were in shards."
     args = PreferenceConfig(
-        output_dir=tempfile.mkdtemp(), learning_rate=1e-2, optim="sgd", max_steps=3, use_cpu=True, report_to="none",
-        per_device_train_batch_size=4 // processes, per_device_eval_batch_size=2, save_strategy="no", logging_steps=1,
-        disable_tqdm=True, lr_scheduler_type="constant", **settings)
+        output_dir=folder, learning_rate=1e-2, optim="sgd", max_steps=3, use_cpu=True, report_to="none",
+        per_device_train_batch_size=4 // processes, per_device_eval_batch_size=2, logging_steps=1,
+        disable_tqdm=True, lr_scheduler_type="constant", **{"save_strategy": "no", **settings})
     trainer = PreferenceTrainer(make_model(tied, adapter), args, pairs, pairs[:5], processing_class=tokenizer)
-    trainer.train()
+    trainer.train(start)
+    trainer.save_model()
     log = [(entry["loss"], entry["grad_norm"]) for entry in trainer.state.log_history if "loss" in entry]
     models: list[Any] = [trainer.model_wrapped, trainer.ref_model]
     sharded = [any(isinstance(module, FSDPModule) for module in model.modules()) for model in models]
-    return dict(log=log, evaluation=trainer.evaluate()["eval_rewards/margins"], engine=trainer.engine, sharded=sharded)
+    full_logits = [full_logits_reason(model) for model in models]
+    margins = trainer.evaluate()["eval_rewards/margins"]
+    files = saved(folder) if args.should_save else {}
+    return dict(log=log, evaluation=margins, engine=trainer.engine, sharded=sharded, full_logits=full_logits, saved=files)
 
 
 def main(out: str) -> None:
@@ -63,8 +77,11 @@ def main(out: str) -> None:
     if processes > 1:
         os.environ.update(SHARDS)
         shard_on_cpus()
-    runs = {"dpo": run(processes), "tied": run(processes, tied=True, loss="tdpo2"),
-            "adapter": run(processes, adapter=True), "accumulated": run(processes, gradient_accumulation_steps=2)}
+    kinds: dict[str, dict] = {
+        "dpo": dict(save_strategy="steps", save_steps=2), "resumed": dict(start=f"{out}.dpo/checkpoint-2"),
+        "tied": dict(tied=True, loss="tdpo2"), "adapter": dict(adapter=True),
+        "accumulated": dict(gradient_accumulation_steps=2)}
+    runs = {name: run(f"{out}.{name}", processes, **kind) for name, kind in kinds.items()}
     if int(os.environ.get("RANK", 0)) == 0: Path(out).write_text(json.dumps(runs), encoding="utf-8")
 
 

@@ -67,7 +67,7 @@ def test_fsdp2_has_the_gradients_of_whole_models_without_full_logits(tmp_path):
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
 def test_fsdp2_trains_as_one_process_does(tmp_path):
-    "Losses, norms of gradients and margins of runs whose policy and reference are in shards, fast ways on."
+    "Losses, gradients, margins and saved weights of runs whose policy and reference are in shards, fast ways on."
     runs = []
     for processes in (1, 2):
         out = tmp_path / f"{processes}.json"
@@ -77,5 +77,9 @@ def test_fsdp2_trains_as_one_process_does(tmp_path):
         shards = runs[1][name]
         assert shards["sharded"] == [True, True] and whole["sharded"] == [False, False]
         assert shards["engine"] == whole["engine"] == {"one_pass": True, "shared_prompt": True}
+        assert shards["full_logits"] == [None, None]
+        for weight, norm in whole["saved"].items(): assert shards["saved"][weight] == pytest.approx(norm, rel=1e-4), name
         assert_close(torch.tensor(shards["log"]), torch.tensor(whole["log"]), rtol=1e-4, atol=1e-5)
         assert shards["evaluation"] == pytest.approx(whole["evaluation"], rel=1e-3, abs=1e-5)
+    assert runs[1]["resumed"]["log"][-1] == pytest.approx(runs[1]["dpo"]["log"][-1], rel=1e-5)
+    assert runs[1]["resumed"]["saved"] == pytest.approx(runs[1]["dpo"]["saved"], rel=1e-5)

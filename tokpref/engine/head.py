@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..models import base_model
+from ..models import base_model, unwrapped
 
 # %% ../../nbs/library/engine/00_head.ipynb #039f47f0
 class Head(NamedTuple):
@@ -61,7 +61,7 @@ def head_obstacle(model: nn.Module) -> str | None:
     "Why the output head of a causal language model can't be taken off, in plain words; None: it can."
     base = base_model(model)
     module: Any = base.get_output_embeddings()
-    if not (_plain(module) or _sharded_by_fsdp(base, module)):
+    if not (_plain(module) or _sharded_by_fsdp(model, module)):
         return "the output head is not a plain linear layer held in one piece"
     if "logits_to_keep" not in inspect.signature(type(base).forward).parameters:
         return "its forward pass takes no logits_to_keep"
@@ -81,14 +81,15 @@ def _plain(module: Any) -> bool:
     return plain and module.weight.shape == (module.out_features, module.in_features)
 
 
-def _sharded_by_fsdp(base: nn.Module, module: Any) -> bool:
+def _sharded_by_fsdp(model: nn.Module, module: Any) -> bool:
     "Whether FSDP2, and nothing but FSDP2, divides the matrix of a linear layer among processes."
     if not torch.distributed.is_available(): return False
     from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor
     if not isinstance(module, nn.Linear) or not isinstance(module.weight, DTensor): return False
     divided = [not placement.is_replicate() for placement in module.weight.placements]
-    return isinstance(base, FSDPModule) and sum(divided) == 1 and divided[-1]
+    owners = unwrapped(model), base_model(model), module       # with an adapter, FSDP2 wraps what holds the base
+    return any(isinstance(owner, FSDPModule) for owner in owners) and sum(divided) == 1 and divided[-1]
 
 
 def split_head(model: nn.Module) -> Head | None:
