@@ -138,14 +138,14 @@ EVALUATION = [
 TRAINER = [
     Fault("training/trainer.py", "weight = batches / int(num_items_in_batch)", "weight = 1 / batch_pairs"),
     Fault("training/trainer.py", "self.share = weight * (len(part[\"input_ids\"]) // 2)", "self.share = 1.0"),
-    Fault("training/trainer.py", "if finite.all(): continue", "continue"),
+    Fault("training/saving.py", "if finite.all(): continue", "continue"),
     Fault("training/trainer.py", "if module is not None: disable_dropout(module)", "pass"),
     Fault("training/reference.py", "weight.lerp_(source[name].to(weight), share)",
           "weight.lerp_(source[name].to(weight), 1 - share)"),
     Fault("training/reference.py", "if state.global_step % self.every == 0:",
           "if state.global_step % self.every == 1:"),
-    Fault("training/reference.py", "trained_before = has_adapter(policy) and not adapter_is_new(policy)",
-          "trained_before = False"),
+    Fault("training/reference.py", "if own_adapter and (args.sync_ref_model or not adapter_is_new(policy)):",
+          "if own_adapter and args.sync_ref_model:"),
     Fault("training/setup.py", "optimizer.register_step_post_hook(lambda *_: head.zero_grad())", "pass"),
 ]
 HARNESS = [

@@ -230,6 +230,7 @@ _PLAIN = (bool, int, float, str, type(None))
 def _as(kinds: tuple, value: Any) -> Any:
     "A value as one of the kinds. Raises `TypeError` if it is none of them, and no number written in another way."
     if value is None and type(None) in kinds: return None
+    if str in kinds and isinstance(value, os.PathLike): value = os.fspath(value)
     if bool in kinds and isinstance(value, bool): return value
     if str in kinds and isinstance(value, str): return value
     if not (int in kinds or float in kinds) or isinstance(value, bool): raise TypeError
