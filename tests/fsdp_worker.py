@@ -32,7 +32,7 @@ def shard_on_cpus() -> None:
         plain(self, *args, **settings)
         if not fresh or plugin is None: return
         self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, plugin
-        state.PartialState._shared_state["distributed_type"] = DistributedType.FSDP      # each later state reads it there
+        state.PartialState._shared_state["distributed_type"] = DistributedType.FSDP     # later states read it there
 
     setattr(state.AcceleratorState, "__init__", init)       # noqa: B010
 
@@ -69,7 +69,8 @@ def run(folder: str, processes: int, tied: bool = False, adapter: bool = False, 
     full_logits = [full_logits_reason(model) for model in models]
     margins = trainer.evaluate()["eval_rewards/margins"]
     files = saved(folder) if args.should_save else {}
-    return dict(log=log, evaluation=margins, engine=trainer.engine, sharded=sharded, full_logits=full_logits, saved=files)
+    return dict(log=log, evaluation=margins, engine=trainer.engine, sharded=sharded, full_logits=full_logits,
+                saved=files)
 
 
 def main(out: str) -> None:

@@ -78,7 +78,8 @@ def test_fsdp2_trains_as_one_process_does(tmp_path):
         assert shards["sharded"] == [True, True] and whole["sharded"] == [False, False]
         assert shards["engine"] == whole["engine"] == {"one_pass": True, "shared_prompt": True}
         assert shards["full_logits"] == [None, None]
-        for weight, norm in whole["saved"].items(): assert shards["saved"][weight] == pytest.approx(norm, rel=1e-4), name
+        for weight, norm in whole["saved"].items():
+            assert shards["saved"][weight] == pytest.approx(norm, rel=1e-4), name
         assert_close(torch.tensor(shards["log"]), torch.tensor(whole["log"]), rtol=1e-4, atol=1e-5)
         assert shards["evaluation"] == pytest.approx(whole["evaluation"], rel=1e-3, abs=1e-5)
     assert runs[1]["resumed"]["log"][-1] == pytest.approx(runs[1]["dpo"]["log"][-1], rel=1e-5)

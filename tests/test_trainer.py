@@ -561,7 +561,8 @@ def test_a_setting_of_the_wrong_kind_is_named(tmp_path, settings, said):
 
 
 def test_numbers_are_taken_as_they_are_written(tmp_path):
-    assert PreferenceConfig(output_dir=tmp_path, ref_cache=tmp_path, precompute_ref_logps=True).ref_cache == str(tmp_path)
+    config = PreferenceConfig(output_dir=tmp_path, ref_cache=tmp_path, precompute_ref_logps=True)
+    assert config.output_dir == config.ref_cache == str(tmp_path)
     config = PreferenceConfig(output_dir=str(tmp_path), max_steps=1e3, learning_rate="3e-4", beta=1, token_budget="64")
     assert [type(value) for value in (config.max_steps, config.learning_rate, config.token_budget)] == [int, float, int]
     assert (config.max_steps, config.learning_rate, config.beta, config.token_budget) == (1000, 3e-4, 1, 64)

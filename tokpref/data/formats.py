@@ -16,10 +16,6 @@ from datasets import Dataset
 
 # %% ../../nbs/library/data/00_formats.ipynb #128b2f33
 from ..checks import check_unused
-from .layouts import arrange
-from .layouts import arrange
-from .layouts import arrange
-from .layouts import arrange
 from .layouts import INSTRUCTING, arrange, is_json, to_dataset
 
 # %% ../../nbs/library/data/00_formats.ipynb #892f902b
@@ -145,42 +141,6 @@ def row_options(row: dict[str, Any]) -> dict:
     raise ValueError(f"chat_template_kwargs must be a dictionary, or the JSON of one, got {str(options)[:40]!r}")
 
 
-def row_options(row: dict[str, Any]) -> dict:
-    "The `chat_template_kwargs` of a row, a dictionary or its JSON; {} if it has none. `ValueError` for anything else."
-    options = row.get("chat_template_kwargs")
-    try: options = json.loads(options or "null") if isinstance(options, str) else options
-    except json.JSONDecodeError: pass
-    if options is None or isinstance(options, dict): return options or {}
-    raise ValueError(f"chat_template_kwargs must be a dictionary, or the JSON of one, got {str(options)[:40]!r}")
-
-
-def row_options(row: dict[str, Any]) -> dict:
-    "The `chat_template_kwargs` of a row, a dictionary or its JSON; {} if it has none. `ValueError` for anything else."
-    options = row.get("chat_template_kwargs")
-    try: options = json.loads(options or "null") if isinstance(options, str) else options
-    except json.JSONDecodeError: pass
-    if options is None or isinstance(options, dict): return options or {}
-    raise ValueError(f"chat_template_kwargs must be a dictionary, or the JSON of one, got {str(options)[:40]!r}")
-
-
-def row_options(row: dict[str, Any]) -> dict:
-    "The `chat_template_kwargs` of a row, a dictionary or its JSON; {} if it has none. `ValueError` for anything else."
-    options = row.get("chat_template_kwargs")
-    try: options = json.loads(options or "null") if isinstance(options, str) else options
-    except json.JSONDecodeError: pass
-    if options is None or isinstance(options, dict): return options or {}
-    raise ValueError(f"chat_template_kwargs must be a dictionary, or the JSON of one, got {str(options)[:40]!r}")
-
-
-def row_options(row: dict[str, Any]) -> dict:
-    "The `chat_template_kwargs` of a row, a dictionary or its JSON; {} if it has none. `ValueError` for anything else."
-    options = row.get("chat_template_kwargs")
-    try: options = json.loads(options or "null") if isinstance(options, str) else options
-    except json.JSONDecodeError: pass
-    if options is None or isinstance(options, dict): return options or {}
-    raise ValueError(f"chat_template_kwargs must be a dictionary, or the JSON of one, got {str(options)[:40]!r}")
-
-
 def row_tools(row: dict[str, Any]) -> list | None:
     "The `tools` of a row, given as schemas or as their JSON text; None if it has none. `ValueError` for broken JSON."
     tools = row.get("tools")
@@ -211,20 +171,8 @@ def check_columns(dataset: Any, name: str) -> Dataset:
         if isinstance(dataset, dict): hint = f"choose a split: {list(dataset)}"
         if isinstance(dataset, datasets.IterableDataset):
             hint = "a stream can't be counted and reported; take a part, Dataset.from_list(list(stream.take(10_000)))"
-        if isinstance(dataset, datasets.IterableDataset):
-            hint = "a stream can't be counted and reported; take a part, Dataset.from_list(list(stream.take(10_000)))"
-        if isinstance(dataset, datasets.IterableDataset):
-            hint = "a stream can't be counted and reported; take a part, Dataset.from_list(list(stream.take(10_000)))"
-        if isinstance(dataset, datasets.IterableDataset):
-            hint = "a stream can't be counted and reported; take a part, Dataset.from_list(list(stream.take(10_000)))"
-        if isinstance(dataset, datasets.IterableDataset):
-            hint = "a stream can't be counted and reported; take a part, Dataset.from_list(list(stream.take(10_000)))"
         raise TypeError(f"{name}: cannot prepare a {type(dataset).__name__}: {hint}")
     if len(dataset) == 0: raise ValueError(f"{name}: the dataset has no rows")
-    dataset = arrange(dataset, name)
-    dataset = arrange(dataset, name)
-    dataset = arrange(dataset, name)
-    dataset = arrange(dataset, name)
     dataset = arrange(dataset, name)
     columns = dataset.column_names
     for column in SIDES:
