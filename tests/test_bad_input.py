@@ -3,11 +3,14 @@
 Nothing here may load a model's weights: whatever is wrong is found before. The last test prints the table of counts.
 """
 import collections
+import datetime
 import gzip
 import json
 import logging
 import math
+import os
 import re
+import shutil
 
 import pytest
 import torch
@@ -33,6 +36,9 @@ MEND = re.compile(
     r" must |: [\w']|; did you mean|\(known|give |leave |use |pass |set |takes |needs |no file|is not |only |holds "
     r"|can't |are ")
 refused: collections.Counter = collections.Counter()
+
+
+AUTO = transformers.AutoModelForCausalLM.from_pretrained
 
 
 class Loaded(BaseException):
@@ -188,6 +194,12 @@ SET_OF_COMPARE = [
     "tuning={dpo: {beta: .nan}}", "tuning={dpo: 3}", "tuning=3", "sweep={dpo: {beta: 3}}", "sweep={dpo: 3}",
     "letters=0", "letters=-1", "pairs=0", "kept_answers=-1", "eval_steps=0", "save_models=2", "pretrain_steps=-1",
     "data_seed=-1", "letter_reward=.nan", "pretrain_learning_rate=0", "steps=1,", "beta={a: 1, a: 2}",
+    "eval_pairs=-1", "eval_steps=-1", "pairs=1e30", "letters=1e9", "optimizer=3", "schedule=null", "losses={dpo: 1}",
+    "losses=[null]", "seeds=[0.5]", "seeds=[99999999999999999999999]", "seeds=[true]", "save_models=null",
+    "sweep={dpo: {beta: [.nan]}}", "sweep={dpo: {beta: []}}", "sweep=[dpo]", "sweep={nope: {beta: [1]}}",
+    "tuning={dpo: {beta: [1]}}", "tuning={3: {beta: 1}}", "tuning=[dpo]", "steps=1e999", "batch_size=1.5",
+    "learning_rate=-1", "learning_rate=true", "max_length=true", "beta=[0.1]", "steps=2020-01-01", "losses=dpo",
+    "data_seed=1.5", "kept_answers=x", "letter_reward=.inf", "config=3", "task=toy", "seeds={0: 1}", "progress=false",
 ]
 COMMANDS = [
     *[[*TRAIN, "--set", text] for text in SET_OF_TRAIN], *[["compare", "--set", text] for text in SET_OF_COMPARE],
@@ -239,6 +251,8 @@ def command(argv, capsys):
 def test_commands(argv, capsys): sentence("command line", command(argv, capsys))
 
 
+BOMB = b"a0: &a0 [x]\n" + b"".join(      # aliases in few bytes that are a hundred million values when written out
+    f"a{i + 1}: &a{i + 1} [{', '.join([f'*a{i}'] * 8)}]\n".encode() for i in range(9))
 CONFIGS = {
     "empty": b"", "list": b"- a\n- b\n", "broken": b"a: [1\n", "tab": b"a:\n\t- b", "twice": b"model: m\nmodel: n\n",
     "nested": b"model: m\ndata: d\nloss_options: {a: 1, a: 2}\n", "latin": "model: café\n".encode("latin-1"),
@@ -251,6 +265,15 @@ CONFIGS = {
     "json": b'{"model": "m", "data": "d", }}', "date": b"model: 2020-01-01\ndata: good.jsonl\n",
     "key": b"? [a, b]\n: 1\n", "output": b"model: m\ndata: good.jsonl\noutput: [x]\n", "merge": b"<<: 3\n",
     "zero": b'model: "a\\0b"\ndata: good.jsonl\n', "code": b"import os\nos.system('true')\n",
+    "bomb": BOMB + b"loss_options: {window: *a9}\nmodel: m\ndata: d\n",
+    "bomb of names": BOMB + b"model: *a9\ndata: d\n",
+    "digits": b"model: m\ndata: good.jsonl\nmax_steps: " + b"9" * 5000,
+    "hex": b"model: m\ndata: good.jsonl\nseed: 0x" + b"f" * 9000,
+    "infinite": b"model: m\ndata: good.jsonl\nbeta: .inf\n", "set": b"model: m\ndata: !!set {a, b}\n",
+    "binary": b"model: m\ndata: !!binary aGk=\n", "tag": b"model: !mine m\ndata: good.jsonl\n",
+    "pairs": b"model: m\ndata: good.jsonl\nloss_options: !!pairs [a: 1, a: 2]\n",
+    "percent": b"%YAML 9.9\n---\nmodel: m\n",
+    "directions": "model: m\ndata: '\u202egood.jsonl'\n".encode(), "alias": b"model: *nobody\n",
     "toml": b"[run]\nbeta = 1\n",
 }
 
@@ -285,7 +308,18 @@ FILES = {
     "long.csv": b"prompt,chosen,rejected\na,b,c,d\n", "semi.csv": b"prompt;chosen;rejected\na;b;c\n",
     "latin.csv": "prompt,chosen,rejected\né,a,b\n".encode("latin-1"), "file.txt": LINE, "file": LINE,
     "file.pkl": b"\x80\x04N.",
-    "file.yaml": b"a: 1", "file.xlsx": b"PK", "object.json": b'{"a": {"b": 1}', "text.json": b'"hello"',
+    "twice.csv": b"prompt,chosen,chosen\na,b,c\n", "open.csv": b'prompt,chosen,rejected\na,b,"c\n',
+    "utf16.csv": "prompt,chosen,rejected\na,b,c\n".encode("utf-16"),
+    "spaces.csv": b"prompt, chosen, rejected\na,b,c\n", "nameless.csv": b"prompt,,rejected\na,b,c\n",
+    "twice.jsonl": b'{"prompt": "a", "chosen": "b", "chosen": "c", "rejected": "d"}\n',
+    "deep.jsonl": b'{"prompt": ' + b"[" * 5000, "zero.jsonl": LINE + b"\n\0\0\0\n",
+    "nan.jsonl": LINE.replace(b'"yes"', b"NaN"),
+    "half.jsonl": b'{"prompt": "a", "chosen": "\\ud800", "rejected": "b"}\n', "comma.jsonl": LINE[:-1] + b",}\n",
+    "two.jsonl": LINE + LINE + b"x", "single.jsonl": LINE.replace(b'"', b"'"), "number.jsonl": b"1\n2\n",
+    "null.jsonl": b"null\n", "other.jsonl": LINE + b'\n{"prompt": "a", "chosen": ["b"], "rejected": "c"}\n',
+    "cut.json": b'[{"prompt": "a"', "empty.json": b"", "null.json": b"null", "end.parquet": b"\0" * 30 + b"PAR1",
+    "bomb.json.gz": gzip.compress(b"0" * 1000) + b"tail", "file.yaml": b"a: 1", "file.xlsx": b"PK",
+    "object.json": b'{"a": {"b": 1}', "text.json": b'"hello"',
 }
 
 
@@ -296,6 +330,46 @@ def test_files_of_data(name, home, tokenizer):
     path.write_bytes(FILES[name])
     def read(): prepare(load_preferences(str(path)), tokenizer)
     sentence("files of data", read)
+
+
+def table(name, columns):
+    "A file of columns that are no text."
+    import pyarrow.parquet
+    path = f"data/{name}.parquet"
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    return path
+
+
+TABLES = {
+    "numbers": {"prompt": [1], "chosen": [2], "rejected": [3]},
+    "bytes": {"prompt": ["a"], "chosen": [b"b"], "rejected": [b"c"]},
+    "structs": {"prompt": ["a"], "chosen": [{"x": 1}], "rejected": [{"x": 2}]},
+    "no rows": {"prompt": [], "chosen": [], "rejected": []},
+    "no columns": {}, "lists": {"prompt": ["a"], "chosen": [[1.5]], "rejected": [[2.5]]},
+    "truths": {"prompt": ["a"], "chosen": [True], "rejected": [False]},
+    "nulls": {"prompt": [None], "chosen": [None], "rejected": [None]},
+    "days": {"prompt": ["a"], "chosen": [datetime.date(2020, 1, 1)], "rejected": [datetime.date(2020, 1, 2)]},
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_tables_of_parquet(name, home, tokenizer):
+    (home / "data").mkdir(exist_ok=True)
+    sentence("files of data", lambda: prepare(load_preferences(table(name, TABLES[name])), tokenizer))
+
+
+NO_FILES = ["loop.jsonl", "folder.jsonl", "broken.csv", "pipe.jsonl", "x" * 300 + ".jsonl"]
+
+
+@pytest.mark.parametrize("name", NO_FILES, ids=names(NO_FILES))
+def test_files_that_are_none(name, home, tokenizer):
+    path = home / "none" / name
+    path.parent.mkdir(exist_ok=True)
+    if name == "loop.jsonl": path.symlink_to(path)
+    if name == "folder.jsonl": path.mkdir()
+    if name == "broken.csv": path.symlink_to(home / "nowhere.csv")
+    if name == "pipe.jsonl": os.mkfifo(path)
+    sentence("sources of data", lambda: prepare(load_preferences(str(path)), tokenizer))
 
 
 SOURCES = [
@@ -530,12 +604,122 @@ def test_words_for_judges(word, home):
 
 JUDGES = [dict(template="{prompt}"), dict(template=""), dict(template=3), dict(concurrency=0), dict(tries=0),
     dict(timeout=0),
-          dict(timeout=NAN), dict(pause=-1.0), dict(url="ftp://host"), dict(url=""), dict(model=""), dict(options=[1])]
+          dict(timeout=NAN), dict(pause=-1.0), dict(url="ftp://host"), dict(url=""), dict(model=""), dict(options=[1]),
+          dict(template="{prompt}{first}{second}{third}"), dict(template="{prompt}{first}{second}{"),
+          dict(template="{prompt}{first}{second.__class__}"), dict(template="{prompt}{first}{second}{prompt[0]}"),
+          dict(template="{prompt}{first}{second}{}"), dict(url="http://"), dict(url="http://host:port"),
+          dict(url="http://[::1"), dict(url="http://a b/v1"), dict(url="http://me:word@host/v1"),
+          dict(url="http://host/v1?key=x"), dict(key="sk-not-a-name"), dict(key=""), dict(options={3: 1}),
+          dict(options={"temperature": NAN}), dict(options={"stop": b"x"}), dict(options={"messages": []}),
+          dict(options={"stream": True}), dict(longest_wait=-1), dict(longest_wait=NAN), dict(tries=True)]
 
 
 @pytest.mark.parametrize("settings", JUDGES, ids=names(JUDGES))
 def test_settings_of_a_judge(settings):
     sentence("judges", lambda: judges.EndpointJudge(**{"model": "m", "url": "http://localhost:1/v1", **settings}))
+
+
+RECORDS = [dict(path="."), dict(path=""), dict(path=3), dict(batch_size=0), dict(batch_size=True), dict(batch_size=1.5)]
+
+
+@pytest.mark.parametrize("settings", RECORDS, ids=names(RECORDS))
+def test_settings_of_a_record_of_verdicts(settings):
+    sentence("judges", lambda: judges.CachedJudge(**{"judge": print, "path": "v.jsonl", **settings}))
+
+
+REWARDS = [dict(model=""), dict(model=3), dict(max_length=0), dict(max_length="x"), dict(batch_size=0), dict(label=-1),
+           dict(label="good"), dict(label=True)]
+
+
+@pytest.mark.parametrize("settings", REWARDS, ids=names(REWARDS))
+def test_settings_of_a_reward_model(settings):
+    sentence("judges", lambda: judges.RewardJudge(**{"model": "m", **settings}))
+
+
+COUNTS = [dict(difference=NAN), dict(rate=1.5), dict(rate=0), dict(level=1), dict(level=0), dict(power=1),
+          dict(power="x"), dict(policies=0)]
+
+
+@pytest.mark.parametrize("settings", COUNTS, ids=names(COUNTS))
+def test_how_many_comparisons(settings):
+    sentence("judges", lambda: judges.comparisons_needed(**{"difference": 0.1, **settings}))
+
+
+@pytest.mark.parametrize("settings", [dict(level=2), dict(level=NAN), dict(draws=0), dict(draws=1.5)], ids=str)
+def test_intervals(settings):
+    sentence("judges", lambda: judges.bootstrap_interval(max, [1.0, 2.0], **settings))
+
+
+# Folders of models and adapters: what stands in their files
+
+GPT2 = {"model_type": "gpt2", "vocab_size": 64, "n_embd": 8, "n_layer": 1, "n_head": 2}
+MODELS = {
+    "cut": {"config.json": b'{"model_type": "gp'}, "list": {"config.json": b"[1]"}, "empty": {"config.json": b""},
+    "text": {"config.json": b'"gpt2"'}, "latin": {"config.json": '{"model_type": "é"}'.encode("latin-1")},
+    "no kind": {"config.json": b"{}"}, "kind": {"config.json": b'{"model_type": "gpt9"}'},
+    "number": {"config.json": b'{"model_type": 3}'}, "gone": {"config.json": None},
+    "size": {"config.json": json.dumps({**GPT2, "n_layer": "many"}).encode()},
+    "remote": {"config.json": json.dumps({"model_type": "mine", "auto_map": {
+        "AutoConfig": "code.Mine", "AutoModelForCausalLM": "code.Model"}}).encode(), "code.py": b"raise SystemExit"},
+    "tokenizer cut": {"tokenizer.json": b'{"version": "1.0", "mod'}, "tokenizer list": {"tokenizer.json": b"[]"},
+    "tokenizer empty": {"tokenizer.json": b""}, "tokenizer gone": {"tokenizer.json": None},
+    "tokenizer kind": {"tokenizer_config.json": b'{"tokenizer_class": "Nobody"}', "tokenizer.json": None},
+    "tokenizer bytes": {"tokenizer_config.json": b"\xff\xfe{"},
+    "tokenizer settings": {"tokenizer_config.json": b"[1, 2]"},
+}
+ADAPTERS = {
+    "cut": b'{"peft_type": "LO', "list": b"[1]", "empty": b"{}", "text": b'"LORA"', "kind": b'{"peft_type": "NONE"}',
+    "no base": b'{"peft_type": "LORA"}', "base": b'{"peft_type": "LORA", "base_model_name_or_path": "nowhere/at-all"}',
+    "number": b'{"peft_type": "LORA", "base_model_name_or_path": 3}',
+    "itself": b'{"peft_type": "LORA", "base_model_name_or_path": "adapters/itself"}',
+    "circle": b'{"peft_type": "LORA", "base_model_name_or_path": "adapters/other"}',
+    "other": b'{"peft_type": "LORA", "base_model_name_or_path": "adapters/circle"}',
+}
+USES = {"train": ["train", "--model", "{}", "--data", "good.jsonl"],
+        "data": ["data", "--tokenizer", "{}", "--data", "good.jsonl"]}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_folders_of_models(name, home, capsys, monkeypatch):
+    def load(*args, **kwargs): raise Loaded
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", AUTO)
+    monkeypatch.setattr(transformers.PreTrainedModel, "from_pretrained", load)
+    folder = home / "models" / name.replace(" ", "-")
+    shutil.copytree(home / "m", folder)
+    for file, content in MODELS[name].items():
+        if content is None: (folder / file).unlink()
+        else: (folder / file).write_bytes(content)
+    use = USES["data" if "tokenizer" in name else "train"]
+    said = sentence("models", command([part.format(folder) for part in use], capsys))
+    assert "models" in said, "it names the folder"
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+@pytest.mark.parametrize("use", USES)
+def test_folders_of_adapters(use, name, home, capsys):
+    for other, content in ADAPTERS.items():
+        (home / "adapters" / other).mkdir(parents=True, exist_ok=True)
+        (home / "adapters" / other / "adapter_config.json").write_bytes(content)
+    sentence("models", command([part.format(f"adapters/{name}") for part in USES[use]], capsys))
+
+
+@pytest.mark.parametrize("name", ["good.jsonl", "m/config.json", "", " ", "a/b/c", "../m/../..", "a\nb", "x" * 300,
+                                  "https://host/model", "m\0"], ids=names(range(10)))
+@pytest.mark.parametrize("use", USES)
+def test_names_of_models(use, name, capsys):
+    sentence("models", command([part.format(name) for part in USES[use]], capsys))
+
+
+# What the environment says
+
+@pytest.mark.parametrize("name, value", [("RANK", "first"), ("RANK", ""), ("RANK", "-1"), ("TOKPREF_DATA", "/nowhere"),
+                                         ("TOKPREF_DATA", "good.jsonl"), ("TOKPREF_MODELS", "/nowhere"),
+                                         ("TOKPREF_MODELS", "good.jsonl")])
+def test_the_environment(name, value, capsys, monkeypatch):
+    monkeypatch.setenv(name, value)
+    tokenizer = "m" if name == "TOKPREF_DATA" else "nobody/none"
+    said = sentence("command line", command(["data", "--data", "hh", "--tokenizer", tokenizer], capsys))
+    assert name in said
 
 
 def test_the_catalogue_is_long_and_counted(capsys):
@@ -545,4 +729,4 @@ def test_the_catalogue_is_long_and_counted(capsys):
         print("\n\nmalformed input, each refused in one sentence")
         for kind, count in refused.most_common(): print(f"  {kind:<26}{count:>5}")
         print(f"  {'in all':<26}{total:>5}")
-    if len(refused) == 11: assert total >= 550
+    if len(refused) == 12: assert total >= 950

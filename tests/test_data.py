@@ -21,8 +21,9 @@ from torch.utils.data import DataLoader
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from tokpref.data import LOADERS, Loader, PreferenceCollator, describe_row, load_preferences, load_texts, prepare
-from tokpref.data.formats import PARTS, split_pair
+from tokpref.data.formats import PARTS, SIDES, split_pair
 from tokpref.data.prepare import encode_batch
+from tokpref.data.sources import chat_pair, hh_pair, qa_pair, tldr_pair
 from tokpref.data.tokens import continue_ids, fit_pair, shorten_chat
 
 disable_progress_bars()
@@ -901,6 +902,21 @@ def test_real_preferences(monkeypatch, tokenizer, source, split, rows, as_messag
     batch = PreferenceCollator(tokenizer.pad_token_id)([prepared[i] for i in range(8)])
     good = batch["input_ids"].shape[1] <= 256 and bool((batch["completion_mask"].sum(-1) > 1).all())
     assert good, "a batch is too long or has an empty response"
+
+
+def test_named_sets_keep_their_sides():
+    "Without the data: rows as the sources have them."
+    talk = "\n\nHuman: hi\n\nAssistant:"
+    hh = hh_pair({"chosen": talk + " good", "rejected": talk + " bad"})
+    assert hh == {"prompt": talk, "chosen": " good", "rejected": " bad"}
+    info = {"subreddit": "s", "title": "t", "post": "p"}
+    for choice, chosen, rejected in ((0, " one", " two"), (1, " two", " one")):
+        tldr = tldr_pair({"info": info, "summaries": [{"text": "one"}, {"text": "two"}], "choice": choice})
+        assert (tldr["chosen"], tldr["rejected"]) == (chosen, rejected)
+    chats = {side: [{"role": "user", "content": "q"}, {"role": "assistant", "content": side}] for side in SIDES}
+    assert [chat_pair(chats)[side][0]["content"] for side in SIDES] == list(SIDES)
+    question = qa_pair({"prompt": "q", "chosen": "yes", "rejected": "no"})
+    assert (question["chosen"], question["rejected"]) == (" yes", " no")
 
 
 @needs_data

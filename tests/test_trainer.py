@@ -31,13 +31,14 @@ from transformers import (
 
 from tokpref import LOSSES, PreferenceConfig, PreferenceTrainer, metrics, prepare
 from tokpref.engine import pair_loss
+from tokpref.losses import BaselineHead
 from tokpref.losses.types import LossSpec, PairLoss
 from tokpref.models import disable_dropout, layers_of, lora
 from tokpref.training import load_baseline_head, model_card, trl
 from tokpref.training.card import hub_name
 from tokpref.training.config import check_even, check_streams
 from tokpref.training.reference import mix_into
-from tokpref.training.setup import given_already, make_baseline_head, not_finite, without_last
+from tokpref.training.setup import add_to_optimizer, given_already, make_baseline_head, not_finite, without_last
 
 PAIRS = [{"prompt": f"say {word} ", "chosen": word + "!", "rejected": other + ", never"}
          for word in ("yes", "no") for other in ("maybe", "but", "go")]
@@ -819,6 +820,18 @@ def test_a_broken_run_names_a_checkpoint_from_before_it_broke(make, tmp_path):
     trainer = make()
     for now, said in ((1, "no checkpoint is older"), (2, "go on from checkpoint-1$"), (9, "go on from checkpoint-1$")):
         assert re.search(said, not_finite(now, [0], trainer.args.output_dir, 1e-3))
+
+
+def test_gradients_of_a_baseline_head_do_not_add_up_over_steps():
+    "Those of transformers zero the policy's only. Here every step's gradient is 1 in each weight."
+    head, policy = BaselineHead(3, 0), torch.nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(policy.parameters(), lr=1.0)
+    add_to_optimizer(optimizer, head, 0.5)
+    before = head.layers.weight.detach().clone()
+    for _ in range(3):
+        head.layers(torch.ones(1, 3)).sum().backward()
+        optimizer.step()
+    assert_close(head.layers.weight.detach(), before - 3 * 0.5)
 
 
 @pytest.mark.parametrize("width", [0, 8])

@@ -24,6 +24,8 @@ from transformers import PreTrainedModel
 from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
+from .checks import shortened
+
 # %% ../nbs/library/01_models.ipynb #57372bb9
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftConfig, PeftModel
@@ -52,12 +54,17 @@ _MEND = ("give a folder that holds a causal language model, set TOKPREF_MODELS t
          "or, if its owner asks for consent, log in with `hf auth login`")
 
 
+_NO_REMOTE_CODE = {"trust_remote_code": False}      # nor is anybody asked at the keyboard
+
+
 def _loaded(load: Callable, name: str, **options):
     "`load` of what `name` stands for, its errors in one line."
     try: return load(local_model(name), **options)
-    except (OSError, ValueError, ImportError) as error:
+    except (MemoryError, torch.OutOfMemoryError): raise
+    except Exception as error:      # a file of a model can be broken in any way
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise FileNotFoundError(f"cannot load {name!r} ({lines[0]}): {_MEND}") from error
+        what = " ".join(line.strip() for line in lines[:1 + lines[0].endswith(":")])
+        raise FileNotFoundError(f"cannot load {shortened(name)} ({what}): {_MEND}") from error
 
 
 def _called(model: PreTrainedModel, name: str) -> None:
@@ -78,10 +85,17 @@ def _has_tokenizer(name: str) -> bool:
 def _adapter_config(name: str) -> "PeftConfig":
     "The configuration of an adapter, which names its base model."
     from peft import PeftConfig
-    config = _loaded(PeftConfig.from_pretrained, name)
-    if config.base_model_name_or_path: return config
-    raise ValueError(f"the adapter {name!r} does not name its base model: "
-                     "add base_model_name_or_path to its adapter_config.json")
+    passed, base = [], name
+    while not passed or _is_adapter(base):
+        passed.append(base)
+        base = _loaded(PeftConfig.from_pretrained, base).base_model_name_or_path
+        if not isinstance(base, str) or not base:
+            raise ValueError(f"the adapter {passed[-1]!r} does not name its base model: "
+                             "add base_model_name_or_path to its adapter_config.json")
+        if base in passed:
+            raise ValueError(f"the adapter {name!r} leads back to {base!r} by its base models: name the model it was "
+                             "trained on in its adapter_config.json")
+    return _loaded(PeftConfig.from_pretrained, name)
 
 
 def load_tokenizer(name: str, **options):
@@ -92,14 +106,14 @@ def load_tokenizer(name: str, **options):
     """
     if _is_adapter(name) and not _has_tokenizer(name):
         return load_tokenizer(str(_adapter_config(name).base_model_name_or_path))
-    tokenizer = _loaded(transformers.AutoTokenizer.from_pretrained, name, **options)
+    tokenizer = _loaded(transformers.AutoTokenizer.from_pretrained, name, **_NO_REMOTE_CODE | options)
     tokenizer.name_or_path = name
     if tokenizer.pad_token_id is None: tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 # %% ../nbs/library/01_models.ipynb #1934ae12
 def _whole_model(name: str, **options) -> PreTrainedModel:
-    model = _loaded(transformers.AutoModelForCausalLM.from_pretrained, name, **options)
+    model = _loaded(transformers.AutoModelForCausalLM.from_pretrained, name, **_NO_REMOTE_CODE | options)
     _called(model, name)
     return model
 
@@ -107,7 +121,7 @@ def _whole_model(name: str, **options) -> PreTrainedModel:
 def _make_room(model: PreTrainedModel, name: str) -> None:
     "Widen the vocabulary of a base for an adapter that was saved with a tokenizer of more tokens."
     if not _has_tokenizer(name): return
-    tokens = len(transformers.AutoTokenizer.from_pretrained(local_model(name)))
+    tokens = len(transformers.AutoTokenizer.from_pretrained(local_model(name), **_NO_REMOTE_CODE))
     if tokens > cast(nn.Embedding, model.get_input_embeddings()).num_embeddings: model.resize_token_embeddings(tokens)
 
 

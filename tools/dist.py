@@ -2,7 +2,8 @@
 (default dist).
 
 Each is installed into an environment of its own, and the README's quick start runs there, away from the checkout.
-`--tag v1.2.3` checks besides that the tag is the version.
+`--tag v1.2.3` checks besides that the tag is the version. `--installed` builds with the tools that are installed, as a
+release does with those of tools/release.txt, and fetches none.
 """
 import argparse
 import os
@@ -119,12 +120,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folder", nargs="?", type=Path, default=ROOT / "dist")
     parser.add_argument("--tag", default="", help="the tag that a release is made from")
+    parser.add_argument("--installed", action="store_true", help="build with the tools that are installed here")
     arguments = parser.parse_args()
     if arguments.tag and arguments.tag != f"v{version()}":
         raise SystemExit(
             f"dist: the tag is {arguments.tag}, and settings.ini says version {version()}: tag v{version()}"
         )
-    for file in build(arguments.folder):
+    for file in build(arguments.folder, *(["--no-isolation"] if arguments.installed else [])):
         try_out(file)
         print(f"{file.name}: installs, and the quick start runs")
 

@@ -1,8 +1,9 @@
 """Do the tests notice a fault? Put one into the package at a time, and run what must catch it: `make mutations`.
 
 Each fault is one change of text in one module: a sign, a side, a lost stop-gradient, an average over the wrong thing.
-The package is copied, the fault is put into the copy, and a forked process runs the fast tests of that room on it.
-Caught is a fault whose tests fail. `--only WORD` takes the faults whose module or text has the word in it.
+The package is copied, the fault is put into the copy, and a forked process runs the fast tests of that room on it,
+those first that should notice. Caught is a fault whose tests fail. `--only WORD` takes the faults whose module or text
+has the word in it.
 """
 import argparse
 import os
@@ -22,6 +23,7 @@ class Fault(NamedTuple):
     module: str     # below tokpref/
     right: str      # text that is there once
     wrong: str
+    first: str = ""     # the tests that should notice, as pytest takes them: they are run before the others of the room
 
 
 LOSSES = [
@@ -50,6 +52,8 @@ LOSSES = [
           "margins = chosen_sums - beta * rejected_sums"),
     Fault("losses/tbpo.py", "risk.sum(-1) / chosen_part.lengths", "risk.sum(-1) / chosen.lengths"),
     Fault("losses/tbpo.py", "risk.sum(-1) / chosen_part.lengths", "risk.sum(-1)"),
+    Fault("losses/tbpo.py", "risk.sum(-1) / chosen_part.lengths",
+          "(risk.sum() / chosen_part.lengths.sum()).expand(len(risk))"),
     Fault("losses/tbpo.py", "gap.sum(-1, keepdim=True) / chosen.lengths[:, None]", "gap.mean(-1, keepdim=True)"),
     Fault("losses/tbpo.py", "torch.expm1(rho.clamp(max=30.0)) - rho", "torch.expm1(rho.clamp(max=30.0))"),
     Fault("losses/tbpo.py", "token_scores(rejected_part, variant) - token_scores(chosen_part, variant)",
@@ -70,50 +74,77 @@ LOSSES = [
 ENGINE = [
     Fault("engine/forward.py", "before = batch[\"attention_mask\"].bool()",
           "before = batch[\"completion_mask\"].bool()"),
-    Fault("engine/one_pass.py", "states = rows, columns - 1", "states = rows, columns"),
+    Fault("engine/one_pass.py", "states = rows, columns - 1", "states = rows, columns",
+          "tests/test_engine.py -k fast_ways_match_full_logits"),
     Fault("engine/stats.py", "positions = rows, columns - 1", "positions = rows, columns"),
-    Fault("engine/one_pass.py", "torch.full_like(result.losses, 1 / pairs)", "torch.full_like(result.losses, 1.0)"),
+    Fault("engine/one_pass.py", "torch.full_like(result.losses, 1 / pairs)", "torch.full_like(result.losses, 1.0)",
+          "tests/test_fuzz.py -k losses_of_features"),
     Fault("engine/one_pass.py", "torch.full_like(result.losses, 1 / pairs)",
-          "torch.full_like(result.losses, 1 / len(result.losses))"),
+          "torch.full_like(result.losses, 1 / len(result.losses))",
+          "tests/test_fuzz.py -k losses_of_features"),
     Fault("engine/one_pass.py", "batch[\"weights\"][layout.source].float()",
-          "torch.ones_like(batch[\"weights\"][layout.source]).float()"),
+          "torch.ones_like(batch[\"weights\"][layout.source]).float()",
+          "tests/test_engine.py -k weights_and_reference"),
     Fault("engine/gradients.py", "p.mul_((k - g)[:, None]).addcmul_(ref_probs[rows], -k[:, None])",
-          "p.mul_(-g[:, None]).addcmul_(ref_probs[rows], -k[:, None])"),
-    Fault("engine/gradients.py", "if work.scale != 1.0: grad.mul_(work.scale)", "if False: pass"),
+          "p.mul_(-g[:, None]).addcmul_(ref_probs[rows], -k[:, None])",
+          "tests/test_fuzz.py -k statistics_and"),
+    Fault("engine/gradients.py", "if work.scale != 1.0: grad.mul_(work.scale)", "if False: pass",
+          "tests/test_fuzz.py -k statistics_and"),
     Fault("engine/gradients.py", "grad_logps = (targets - first).clamp(0, probs.shape[1] - 1), grad_logps * here",
-          "grad_logps = (targets - first).clamp(0, probs.shape[1] - 1), grad_logps"),
-    Fault("engine/gradients.py", "scaled = (g if g is None or plain else g * upstream.to(g.dtype)", "scaled = (g"),
+          "grad_logps = (targets - first).clamp(0, probs.shape[1] - 1), grad_logps",
+          "tests/test_fuzz.py -k statistics_and"),
+    Fault("engine/gradients.py", "scaled = (g if g is None or plain else g * upstream.to(g.dtype)", "scaled = (g",
+          "tests/test_engine.py -k factor_on_the_loss"),
     Fault("engine/in_place.py", "stats[\"kl\"] = gap.mul_(ref_z).nansum(-1) + shift",
-          "stats[\"kl\"] = gap.mul_(z).nansum(-1) + shift"),
-    Fault("engine/in_place.py", "-(z * gap).nansum(-1) - shift", "-(z * gap).nansum(-1) + shift"),
-    Fault("engine/in_place.py", "if head.bias is not None: z.add_(head.bias[columns])", "if False: pass"),
+          "stats[\"kl\"] = gap.mul_(z).nansum(-1) + shift",
+          "tests/test_fuzz.py -k statistics_and"),
+    Fault("engine/in_place.py", "-(z * gap).nansum(-1) - shift", "-(z * gap).nansum(-1) + shift",
+          "tests/test_fuzz.py -k statistics_and"),
+    Fault("engine/in_place.py", "if head.bias is not None: z.add_(head.bias[columns])", "if False: pass",
+          "tests/test_fuzz.py -k statistics_and"),
     Fault("engine/packing.py", "seen = (segment == other_segment) & same_branch & (other_position <= position)",
-          "seen = (segment == other_segment) & (other_position <= position)"),
-    Fault("engine/packing.py", "(position - other_position < window)", "(position - other_position <= window)"),
+          "seen = (segment == other_segment) & (other_position <= position)",
+          "tests/test_engine.py -k fast_ways_match_full_logits"),
+    Fault("engine/packing.py", "(position - other_position < window)", "(position - other_position <= window)",
+          "tests/test_engine.py -k fast_ways_match_full_logits"),
     Fault("engine/packing.py", "return torch.where(index < shared, self.base[rows] + index,",
-          "return torch.where(index <= shared, self.base[rows] + index,"),
-    Fault("engine/attention.py", "lse[:, head:] = total", "pass"),
+          "return torch.where(index <= shared, self.base[rows] + index,",
+          "tests/test_engine.py -k packed_pairs_hold"),
+    Fault("engine/attention.py", "lse[:, head:] = total", "pass",
+          "tests/test_engine.py -k all_layouts"),
     Fault("engine/reference.py", "rows += zip(_values(chosen), _values(rejected), strict=True)",
-          "rows += zip(_values(rejected), _values(chosen), strict=True)"),
+          "rows += zip(_values(rejected), _values(chosen), strict=True)",
+          "tests/test_trainer.py -k precomputed"),
     Fault(
         "engine/head.py",
         "(getattr(config, \"logit_scale\", None) or 1.0) / (getattr(config, \"logits_scaling\", None) or 1.0)",
         "(getattr(config, \"logit_scale\", None) or 1.0)",
+        "tests/test_engine.py -k count_or_score",
     ),
 ]
 DATA = [
+    Fault("data/sources.py", "\"chosen\": chosen[start:], \"rejected\": rejected[start:]}",
+          "\"chosen\": rejected[start:], \"rejected\": chosen[start:]}",
+          "tests/test_data.py -k sets_keep_their_sides"),
+    Fault("data/sources.py", "\"chosen\": summaries[choice], \"rejected\": summaries[1 - choice]",
+          "\"chosen\": summaries[1 - choice], \"rejected\": summaries[choice]",
+          "tests/test_data.py -k sets_keep_their_sides"),
     Fault("data/collate.py", "[[0] * len(start) + [1] * len(rest) for start, rest in pairs]",
-          "[[0] * (len(start) - 1) + [1] * (len(rest) + 1) for start, rest in pairs]"),
+          "[[0] * (len(start) - 1) + [1] * (len(rest) + 1) for start, rest in pairs]",
+          "tests/test_data.py -k what_the_mask_keeps"),
     Fault("data/collate.py", "[row[f\"{side}_ids\"] for side in SIDES for row in rows]",
-          "[row[f\"{side}_ids\"] for side in SIDES[::-1] for row in rows]"),
+          "[row[f\"{side}_ids\"] for side in SIDES[::-1] for row in rows]",
+          "tests/test_data.py -k engine_reads"),
     Fault("data/tokens.py", "responses = [part if part[-1:] == end else part + end for part in ids]",
           "responses = ids"),
     Fault("data/tokens.py", "values[:limit - 1] + values[-1:]", "values[:limit]"),
-    Fault("data/tokens.py", "longest = max(len(chosen), len(rejected))", "longest = len(chosen)"),
+    Fault("data/tokens.py", "longest = max(len(chosen), len(rejected))", "longest = len(chosen)",
+          "tests/test_data.py -k longer_response"),
     Fault("data/formats.py", "return chosen[:start], chosen[start:], rejected[start:]",
           "return chosen[:start], rejected[start:], chosen[start:]"),
     Fault("data/formats.py", "== rejected[:start]: return prompt, chosen[start:], rejected[start:]",
-          "== rejected[:start]: return prompt, rejected[start:], chosen[start:]"),
+          "== rejected[:start]: return prompt, rejected[start:], chosen[start:]",
+          "tests/test_data.py -k both_conversations_repeat"),
 ]
 EVALUATION = [
     Fault("evaluation/judging.py", "scores, first = (there + 1 - back) / 2, (there + back) / 2",
@@ -131,32 +162,46 @@ EVALUATION = [
     Fault("evaluation/frontier.py", "point[\"reward\"] for point in points if point[\"kl\"] <= kl",
           "point[\"reward\"] for point in points if point[\"kl\"] >= kl"),
     Fault("evaluation/pairs.py", "\"implicit/accuracies\": won > lost,", "\"implicit/accuracies\": won >= lost,"),
+    Fault("evaluation/sampling.py", "\"top_k\": 0}", "\"top_k\": 50}", "tests/test_evaluation.py -k top_k"),
     Fault("evaluation/sampling.py", "return ids[:first + 1]", "return ids[:first]"),
     Fault("metrics.py", "(result.margins > 0).float()", "(result.margins >= 0).float()"),
-    Fault("metrics.py", "total / (chosen.lengths + rejected.lengths)", "total / chosen.lengths"),
+    Fault("metrics.py", "total / (chosen.lengths + rejected.lengths)", "total / chosen.lengths",
+          "tests/test_evaluation.py -k mean_over_the_tokens"),
 ]
 TRAINER = [
-    Fault("training/trainer.py", "weight = batches / int(num_items_in_batch)", "weight = 1 / batch_pairs"),
-    Fault("training/trainer.py", "self.share = weight * (len(part[\"input_ids\"]) // 2)", "self.share = 1.0"),
-    Fault("training/saving.py", "if finite.all(): continue", "continue"),
-    Fault("training/trainer.py", "if module is not None: disable_dropout(module)", "pass"),
+    Fault("training/trainer.py", "weight = batches / int(num_items_in_batch)", "weight = 1 / batch_pairs",
+          "tests/test_trainer.py -k every_pair_of_a_step"),
+    Fault("training/trainer.py", "self.share = weight * (len(part[\"input_ids\"]) // 2)", "self.share = 1.0",
+          "tests/test_trainer.py -k every_pair_of_a_step"),
+    Fault("training/saving.py", "if finite.all(): continue", "continue",
+          "tests/test_trainer.py -k broken_run"),
+    Fault("training/trainer.py", "if module is not None: disable_dropout(module)", "pass",
+          "tests/test_trainer.py -k dropout"),
     Fault("training/reference.py", "weight.lerp_(source[name].to(weight), share)",
-          "weight.lerp_(source[name].to(weight), 1 - share)"),
+          "weight.lerp_(source[name].to(weight), 1 - share)",
+          "tests/test_trainer.py -k share_of_the_policy"),
     Fault("training/reference.py", "if state.global_step % self.every == 0:",
-          "if state.global_step % self.every == 1:"),
+          "if state.global_step % self.every == 1:",
+          "tests/test_trainer.py -k reference_follows"),
     Fault("training/reference.py", "if own_adapter and (args.sync_ref_model or not adapter_is_new(policy)):",
-          "if own_adapter and args.sync_ref_model:"),
-    Fault("training/setup.py", "optimizer.register_step_post_hook(lambda *_: head.zero_grad())", "pass"),
+          "if own_adapter and args.sync_ref_model:", "tests/test_trainer.py -k trained_before"),
+    Fault("training/setup.py", "optimizer.register_step_post_hook(lambda *_: head.zero_grad())", "pass",
+          "tests/test_trainer.py -k do_not_add_up"),
 ]
 HARNESS = [
     Fault("experiments/compare/baselines.py", "\"labels\": [-100] * len(prompt) + response}",
-          "\"labels\": prompt + response}"),
+          "\"labels\": prompt + response}",
+          "tests/test_experiments.py -k fine_tuning"),
     Fault("experiments/compare/baselines.py", "return (returns - returns.mean(1, keepdim=True)) * k / (k - 1)",
-          "return returns - returns.mean(1, keepdim=True)"),
-    Fault("experiments/compare/baselines.py", "torch.minimum(ratio * gain,", "torch.maximum(ratio * gain,"),
+          "return returns - returns.mean(1, keepdim=True)",
+          "tests/test_experiments.py -k reinforce"),
+    Fault("experiments/compare/baselines.py", "torch.minimum(ratio * gain,", "torch.maximum(ratio * gain,",
+          "tests/test_experiments.py -k policy_gradient"),
     Fault("experiments/compare/baselines.py", "rollout[\"rewards\"] - self.beta * stats.log_ratio",
-          "rollout[\"rewards\"] + self.beta * stats.log_ratio"),
-    Fault("experiments/compare/run.py", "shared.seed, code])", "code])"),
+          "rollout[\"rewards\"] + self.beta * stats.log_ratio",
+          "tests/test_experiments.py -k policy_gradient"),
+    Fault("experiments/compare/run.py", "shared.seed, code])", "code])",
+          "tests/test_experiments.py -k a_seed_draws"),
 ]
 TESTS = {
     "losses": (LOSSES, ["tests/test_losses.py", "tests/test_more_losses.py"]),
@@ -199,11 +244,16 @@ def preload() -> None:
         getattr(transformers, name)
 
 
+NOT_RUN = (4, 5)     # what pytest ends with where there are no such tests
+
+
 def run_tests(folder: Path, tests: list[str], log: Path) -> bool:
-    "Whether the tests pass on the package in `folder`, in a process that writes to `log`."
+    "Whether the tests notice the fault of the package in `folder`, in a process that writes to `log`."
     child = os.fork()
     if child:
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        if code in NOT_RUN: sys.exit(f"no such tests: {' '.join(tests)}\n{log.read_text(errors='replace')}")
+        return code != 0
     with log.open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -235,11 +285,12 @@ def main() -> int:
             with tempfile.TemporaryDirectory() as name:
                 folder = Path(name)
                 with_fault(fault, folder)
-                passed = run_tests(folder, tests, folder / "log.txt")
+                likely = [fault.first.split()] if fault.first else []
+                caught = any(run_tests(folder, some, folder / "log.txt") for some in [*likely, tests])
                 last = (folder / "log.txt").read_text(errors="replace").strip().splitlines()[-1:]
             tried += 1
-            if passed: survivors.append(fault)
-            said = "SURVIVED" if passed else "caught"
+            if not caught: survivors.append(fault)
+            said = "caught" if caught else "SURVIVED"
             what = f"{fault.module}: {fault.wrong.strip()[:60]}"
             print(f"{said:9s} {time.monotonic() - start:5.0f} s  {what}  {' '.join(last)[:60]}", flush=True)
     print(f"{tried - len(survivors)} of {tried} caught")

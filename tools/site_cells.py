@@ -7,12 +7,15 @@ import json
 import posixpath
 import re
 import struct
+import unicodedata
 from dataclasses import dataclass, field
 
 BADGE = re.compile(r"\[!\[([^\]]*)\]\(https://[^)]*badge[^)]*\)\]\(([^)]*)\)")
 FORM_TITLE = re.compile(r"^#@title .*\n?", re.M)       # what Colab shows of a closed cell
 DIRECTIVE = re.compile(r"^#\|\s*([\w-]+)\s*:?[ \t]*(.*)\n?", re.M)
 SYMBOLS = {"alpha": "α", "beta": "β", "gamma": "γ", "lam": "λ", "tau": "τ", "epsilon": "ε"}
+COLOURS = re.compile(r"\x1b\[[0-9;]*m")        # of a terminal
+DIRECTIONS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"      # they turn what follows around
 CHECKING = {"assert_close", "gradcheck", "test_eq", "test_close", "test_fail", "test_ne", "raises"}
 
 
@@ -56,6 +59,13 @@ def directives(cell) -> dict[str, str]:
 def fenced(text: str, attributes: str) -> str:
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
     return f"{fence}{{{attributes}}}\n{text.rstrip()}\n{fence}"
+
+
+def visible(text: str) -> str:
+    "Text as a terminal leaves it, without colours; what a terminal would obey is written out, as Python does."
+    text = re.sub(r"[^\n]*\r(?!\n)", "", COLOURS.sub("", text)).replace("\r\n", "\n")
+    obeyed = {sign for sign in set(text) - {"\n", "\t"} if unicodedata.category(sign) == "Cc" or sign in DIRECTIONS}
+    return "".join(repr(sign)[1:-1] if sign in obeyed else sign for sign in text)
 
 
 def plain(text: str) -> str:
@@ -180,7 +190,7 @@ def output_markdown(page: Page, output, options: dict, before: str) -> str:
         return fenced(slides(page, data["text/html"], options, before), "=html")
     if "image/png" in data: return fenced(picture(page, output, options, before), "=html")
     if "text/html" in data: return fenced('<div class="output">' + "".join(data["text/html"]) + "</div>", "=html")
-    text = "".join(output.get("text", "") or data.get("text/plain", ""))
+    text = visible("".join(output.get("text", "") or data.get("text/plain", "")))
     return fenced(text, ".output" if re.search(r"\S {2,}\S|[─|]", text) else ".output .wrap") if text.strip() else ""
 
 
@@ -258,7 +268,7 @@ def code_markdown(page: Page, cell, before: str, after) -> str:
     options = directives(cell)
     if "hide" in options or options.get("include") == "false": return ""
     if shown and page.source.startswith("derivations"): return named(shown[1], after)
-    parts = [fenced(cell.source, ".python")] if cell.source.strip() and options.get("echo") != "false" else []
+    parts = [fenced(visible(cell.source), ".python")] if cell.source.strip() and options.get("echo") != "false" else []
     fold, summary = options.get("code-fold"), html.escape(unquoted(options.get("code-summary", "")))
     if fold is None: summary = told_by_its_code(page, cell)
     if parts and fold == "show": parts = exported(page, parts[0])

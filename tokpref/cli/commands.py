@@ -210,7 +210,11 @@ def _first_line(error: BaseException) -> str:
 # %% ../../nbs/library/cli/02_commands.ipynb #bb58e461
 def main(argv: list[str] | None = None) -> int:
     "Run one command; returns its exit code."
-    rank = int(os.environ.get("RANK", 0))
+    said = os.environ.get("RANK", "0")
+    if not said.isdecimal():
+        print(f"tokpref: RANK must be the number of this process, as torchrun sets it, got {said!r}", file=sys.stderr)
+        return 2
+    rank = int(said)
     with _only_first_speaks(rank):
         args = make_parser().parse_args(argv)
         logging.basicConfig(level=logging.WARNING, format="%(message)s")

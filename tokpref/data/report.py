@@ -67,7 +67,7 @@ class PrepReport:
 
     def __str__(self) -> str:
         examples = [line for example in self.examples for line in _report_example(example)]
-        head = f"{self.name}: {self.kept:,} of {self.rows:,} pairs kept"
+        head = f"{_shorten(self.name)}: {self.kept:,} of {self.rows:,} pairs kept"
         return "\n".join([head, *_report_losses(self), *_report_lengths(self), *examples])
 
 # %% ../../nbs/library/data/04_report.ipynb #8b160be8
@@ -80,7 +80,7 @@ def _shorten(text: str, width: int = 90) -> str:
 def _report_losses(report: PrepReport) -> list[str]:
     "Lines on where the data is from, what was dropped, and what was truncated."
     lines = [f"  from {report.note}"] if report.note else []
-    if report.unread: lines.append(f"  columns that are not read: {', '.join(report.unread)}")
+    if report.unread: lines.append(f"  columns that are not read: {', '.join(map(_shorten, report.unread))}")
     for why, count in report.dropped.items():
         first = report.dropped_rows[why]
         rows = ", ".join(map(str, first)) + (", ..." if count > len(first) else "")

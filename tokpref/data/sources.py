@@ -26,7 +26,7 @@ from datasets.exceptions import DatasetGenerationError
 from ..checks import check_unused, nearest
 from .formats import PARTS, SIDES, column_kind, split_pair
 from .layouts import arrange
-from .tables import suffix, table_options
+from .tables import check_json, suffix, table_options
 
 # %% ../../nbs/library/data/03_sources.ipynb #a2e67809
 _HUMAN = "\n\nHuman:"
@@ -169,6 +169,7 @@ def _open_file(path: Path, split: str) -> Dataset:
     if name != "train" and not re.search(rf"(?<![A-Za-z0-9]){re.escape(name)}(?![A-Za-z0-9])", path.name):
         raise ValueError(f"a file is one split: pass split='train{rest}', or a file with {name!r} in its name")
     kind = _FORMATS[suffix(path)]
+    if kind == "json": check_json(path)
     options = table_options(path) if kind == "csv" else {}
     return _readable(load_dataset(kind, data_files=str(path), split="train" + rest, **options))
 
@@ -176,9 +177,11 @@ def _open_file(path: Path, split: str) -> Dataset:
 def _tables_as_text(where: dict, split: str) -> dict:
     "`table_options` for a folder whose files are tables of comma- or tab-separated values; {} for any other."
     config = datasets.load_dataset_builder(**where).config
+    files = [Path(str(file)) for file in (config.data_files or {}).get(_split_name(split)[0], [])]
+    if type(config).__name__ == "JsonConfig":
+        for file in files: check_json(file)
     if type(config).__name__ != "CsvConfig": return {}
-    files = (config.data_files or {}).get(_split_name(split)[0], [])
-    options = [table_options(Path(str(file))) for file in files]
+    options = [table_options(file) for file in files]
     return options[0] if options else {}
 
 
@@ -238,7 +241,9 @@ def load_texts(
     loader = find_loader(str(source)) or Loader(str(source))
     loader = dataclasses.replace(loader, config=config or loader.config, data_dir=data_dir or loader.data_dir)
     try: return _open(str(source), split, loader)
-    except FileNotFoundError: raise
+    except FileNotFoundError as e:
+        if "doesn't contain any data files" not in str(e): raise
+        raise FileNotFoundError(f"{source} is a folder without data: give one that holds files of {_NAMED}") from None
     except (EOFError, OSError) as e:
         raise ValueError(f"{source} can't be read ({type(e).__name__}): give a whole file that you may read") from None
     except StopIteration: raise ValueError(f"{source}, split {split!r}: the file has no rows") from None

@@ -43,10 +43,14 @@ class Tile(NamedTuple):
 def group_pairs(sizes: list[int], room: int) -> list[list[int]]:
     "Pairs of these many positions in groups that have room together; one that has no room stands alone."
     groups: list[list[int]] = []
+    left: list[int] = []        # room in each group
     for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
-        group = next((g for g in groups if sum(sizes[j] for j in g) + sizes[i] <= room), None)
-        if group is None: groups.append([i])
-        else: group.append(i)
+        place = next((place for place, free in enumerate(left) if sizes[i] <= free), len(groups))
+        if place == len(groups):
+            groups.append([])
+            left.append(room)
+        groups[place].append(i)
+        left[place] -= sizes[i]
     return [sorted(group) for group in groups]
 
 

@@ -63,15 +63,18 @@ class Packed(NamedTuple):
         return may_see(looking, seen, window)[:, None]      # pyright: ignore[reportArgumentType]
 
 # %% ../../nbs/library/engine/06_packing.ipynb #76a32186
-def _fill_rows(lengths: Sequence[int], count: int) -> tuple[list[list[int]], int]:
-    "Segments in `count` rows, the longest first, each into the emptiest row; and the length of the fullest."
+def _fill_rows(lengths: Sequence[int], order: Sequence[int], count: int) -> tuple[list[list[int]], int]:
+    "Segments in `count` rows, in their order, each into the emptiest row; and the length of the fullest."
     rows: list[list[int]] = [[] for _ in range(count)]
     emptiest = [(0, row) for row in range(count)]
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+    for i in order:
         filled, row = emptiest[0]
         rows[row].append(i)
         heapq.heapreplace(emptiest, (filled + lengths[i], row))
     return rows, max(filled for filled, _ in emptiest)
+
+
+def _longest_first(lengths: Sequence[int]) -> list[int]: return sorted(range(len(lengths)), key=lambda i: -lengths[i])
 
 
 def row_cost(count: int, length: int, hidden_size: int) -> int:
@@ -83,14 +86,16 @@ def pack_rows(
     lengths: Sequence[int],         # of the segments
     hidden_size: int = 1024,        # H: decides what attention costs beside the rest
 ) -> tuple[list[list[int]], int]:   # segments of each row; the row length
-    "Segments into the number of rows that costs least, longest first into the emptiest row."
-    shortest = [max(max(lengths), -(-sum(lengths) // count)) for count in range(1, len(lengths) + 1)]
-    bounds = {count: row_cost(count, length, hidden_size) for count, length in enumerate(shortest, start=1)}
-    best = _fill_rows(lengths, 1)
-    for count in sorted(bounds, key=lambda count: bounds[count]):
-        if bounds[count] >= row_cost(len(best[0]), best[1], hidden_size): break
-        rows, length = _fill_rows(lengths, count)
-        if row_cost(count, length, hidden_size) < row_cost(len(best[0]), best[1], hidden_size): best = rows, length
+    "Segments into the number of rows that costs least, to one per cent, longest first into the emptiest row."
+    order, total = _longest_first(lengths), sum(lengths)
+    longest, counts = lengths[order[0]], range(1, len(lengths) + 1)
+    bounds = sorted((row_cost(n, max(longest, -(-total // n)), hidden_size), n) for n in counts)
+    best, cost = _fill_rows(lengths, order, 1), row_cost(1, total, hidden_size)
+    for bound, count in bounds:
+        if bound > 0.99 * cost: break
+        rows, length = _fill_rows(lengths, order, count)
+        new = row_cost(count, length, hidden_size)
+        if new < cost: best, cost = (rows, length), new
     return best
 
 # %% ../../nbs/library/engine/06_packing.ipynb #3cb7affd

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['check_limits', 'check_choices', 'check_forms', 'as_list', 'check_dictionaries', 'check_values', 'check_folder',
-           'in_one_line']
+           'only_run', 'in_one_line']
 
 # %% ../../nbs/library/training/06_limits.ipynb #ef88a1fa
+import contextlib
 import dataclasses
 import math
 import os
@@ -22,6 +23,7 @@ from huggingface_hub.utils import validate_repo_id
 from transformers.trainer_pt_utils import AcceleratorConfig
 
 from ..checks import check_known, shortened
+from ..files import one_at_a_time
 from .trl import dictionary
 
 # %% ../../nbs/library/training/06_limits.ipynb #8441b6a7
@@ -136,6 +138,13 @@ def check_folder(name: str, folder: str | os.PathLike) -> None:
     there = next(each for each in (path, *path.parents) if each.exists())
     if not there.is_dir(): raise ValueError(f"{name}={str(folder)!r}: {there} is a file: name a folder")
     if not os.access(there, os.W_OK): raise ValueError(f"{name}={str(folder)!r}: {there} is read-only: name another")
+
+
+def only_run(folder: Path) -> contextlib.AbstractContextManager:
+    "Inside, no other process trains into that folder. Raises `ValueError` where one does already."
+    def refuse(_: str) -> None:
+        raise ValueError(f"output_dir={str(folder)!r}: another process trains into it: choose another folder, or wait")
+    return one_at_a_time(folder / "training", refuse)
 
 # %% ../../nbs/library/training/06_limits.ipynb #99ef6174
 def in_one_line(check: Callable[[], Any]) -> None:

@@ -6,6 +6,7 @@
 __all__ = ['RunPart', 'SavingPart', 'CardPart', 'ResumingPart']
 
 # %% ../../nbs/library/training/07_saving.ipynb #6e712e9d
+import contextlib
 import logging
 import os
 import shutil
@@ -27,6 +28,7 @@ from ..metrics import RunningAverages
 from . import setup
 from .card import model_card
 from .config import PreferenceConfig
+from .limits import only_run
 
 # %% ../../nbs/library/training/07_saving.ipynb #ca9c7e34
 _log = logging.getLogger(__name__)
@@ -134,15 +136,18 @@ class ResumingPart(RunPart):
     def train(self, resume_from_checkpoint: Any = None, *args, **kwargs) -> Any:
         """As in `transformers.Trainer`; `True` goes on from the newest whole checkpoint, or starts from the beginning.
 
-        Raises `ValueError` for a checkpoint by name that is not whole.
+        Raises `ValueError` for a checkpoint by name that is not whole, and while another process trains into the
+        folder.
         """
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_checkpoint(self.args.output_dir or ".", _log.warning)
-            if resume_from_checkpoint is None: _log.warning("no checkpoint yet: training starts from the beginning")
-        elif resume_from_checkpoint and Path(resume_from_checkpoint).is_dir():
-            wrong = checkpoint_damage(resume_from_checkpoint)
-            if wrong: raise ValueError(f"{Path(resume_from_checkpoint).name}: {wrong}: go on from an older one")
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        writes = self.args.should_save and self.args.save_strategy != "no"
+        with only_run(Path(self.args.output_dir or ".")) if writes else contextlib.nullcontext():
+            if resume_from_checkpoint is True:
+                resume_from_checkpoint = last_checkpoint(self.args.output_dir or ".", _log.warning)
+                if resume_from_checkpoint is None: _log.warning("no checkpoint yet: training starts from the beginning")
+            elif resume_from_checkpoint and Path(resume_from_checkpoint).is_dir():
+                wrong = checkpoint_damage(resume_from_checkpoint)
+                if wrong: raise ValueError(f"{Path(resume_from_checkpoint).name}: {wrong}: go on from an older one")
+            return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
         if self.args.sync_ref_model:

@@ -93,6 +93,8 @@ def resolve_losses(
     if not runs: raise ValueError("losses is empty: give at least one label, or leave it out for those of the profile")
     for label in config.tuning:
         if label not in runs: named_run(label, variants)
+    for label in swept(config):         # those of another run are wrong there
+        if label not in runs: complete_run(label, _from_label(label, config, variants), config)
     return {label: complete_run(label, run, config) for label, run in runs.items()}
 
 # %% ../../../nbs/experiments/compare/08_resolve.ipynb #58939105

@@ -12,6 +12,8 @@ from statistics import NormalDist
 
 import numpy as np
 
+from ...checks import is_number
+
 # %% ../../../nbs/experiments/judges/04_comparisons.ipynb #7fc6c8d6
 def comparisons_needed(
     difference: float,      # in shares: 0.05 is five points
@@ -25,7 +27,9 @@ def comparisons_needed(
     >>> comparisons_needed(0.05)
     785
     """
-    if not 0 < difference < 1: raise ValueError(f"difference must lie between 0 and 1, got {difference}")
+    shares = {"difference": difference, "rate": rate, "level": level, "power": power}
+    for name, value in shares.items():
+        if not (is_number(value) and 0 < value < 1): raise ValueError(f"{name} must lie between 0 and 1, got {value!r}")
     if policies not in (1, 2): raise ValueError(f"policies must be 1 or 2, got {policies}")
     z = NormalDist().inv_cdf((1 + level) / 2) + NormalDist().inv_cdf(power)
     return math.ceil(policies * z**2 * rate * (1 - rate) / difference**2)
@@ -39,6 +43,8 @@ def bootstrap_interval(
     seed: int = 0,
 ) -> tuple[float, float]:
     "The percentile bootstrap interval of a statistic, rows drawn again with replacement."
+    if not (is_number(level) and 0 < level < 1): raise ValueError(f"level must lie between 0 and 1, got {level!r}")
+    if type(draws) is not int or draws < 1: raise ValueError(f"draws must be a whole number above 0, got {draws!r}")
     arrays = [np.asarray(column) for column in columns]
     n = len(arrays[0])
     if n < 2 or any(len(column) != n for column in arrays):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BETTER_ANSWER', 'BETTER_SUMMARY', 'read_verdict', 'Pace', 'asked_to_wait', 'EndpointJudge', 'without_secret', 'post',
-           'secret_of']
+           'verdict_of', 'secret_of']
 
 # %% ../../../nbs/experiments/judges/01_endpoint.ipynb #b206e63e
 import email.utils
@@ -13,15 +13,17 @@ import json
 import os
 import random
 import re
+import string
 import threading
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from ...checks import check_not_negative, check_positive
 from .verdicts import digest, prompt_text
@@ -55,15 +57,21 @@ Summary B:
 
 Reply with one letter and nothing else: A if summary A is better, B if summary B is better, T if neither is."""
 
+_DOUBT = re.compile(r"\b(?:no|not|nor|neither|never|cannot|unable|unsure|sorry|refuse|between)\b|n['’]t\b|\?", re.I)
+
 
 def read_verdict(reply: str) -> float | None:
-    """1 for A, 0 for B, 0.5 for T: the only letter of a reply, or the letter it ends with; None if it has neither.
+    """1 for A, 0 for B, 0.5 for T: the letter that a reply ends with. None for a reply that is to be guessed at.
 
-    >>> read_verdict("Answer: T."), read_verdict("Both are fine")
-    (0.5, None)
+    That is one without such a letter, one that names another letter too, one that asks, and one that says no.
+
+    >>> read_verdict("Answer: T."), read_verdict("Both are fine"), read_verdict("I can't choose between A and B")
+    (0.5, None, None)
     """
-    letter = re.search(r"(?:^|[^\w'’])([ABT])[\W_]*$", reply.strip())
-    return {"A": 1.0, "B": 0.0, "T": 0.5}[letter[1]] if letter else None
+    last = re.search(r"(?:^|[^\w'’])([ABT])[\W_]*$", reply.strip())
+    letters = set(re.findall(r"(?<![\w'’])[ABT](?![\w'’])", reply))
+    if last is None or letters != {last[1]} or _DOUBT.search(reply): return None
+    return {"A": 1.0, "B": 0.0, "T": 0.5}[last[1]]
 
 # %% ../../../nbs/experiments/judges/01_endpoint.ipynb #5839f790
 class Pace:
@@ -118,12 +126,50 @@ def _verdicts(waiting: list[Future], most: int) -> list[float | None]:
     worst.verdicts = verdicts       # they are paid for
     raise worst from None
 
+# %% ../../../nbs/experiments/judges/01_endpoint.ipynb #b3c1a7d2
+def _check_place(url: str, key: str) -> None:
+    "Raise `ValueError` for a URL that is none, and, without repeating it, for one or a name that holds a key."
+    try: parts = urllib.parse.urlsplit(url)
+    except ValueError: parts = urllib.parse.urlsplit("")
+    if parts.username or parts.password or parts.query:
+        raise ValueError("the judge's url must hold no password and no question mark: the key is in the environment")
+    try: is_address = bool(parts.scheme in ("http", "https") and parts.hostname and parts.port != 0)
+    except ValueError: is_address = False       # a port that is none
+    if not is_address or re.search(r"\s", url):
+        raise ValueError(f"the judge's url must begin with http:// or https:// and name a server, got {url!r}")
+    if not re.fullmatch(r"[A-Za-z_]\w*", key):
+        raise ValueError("the judge's key must be the name of an environment variable, such as OPENAI_API_KEY, "
+                         "and not the key itself")
+
+
+def _check_template(template: str) -> None:
+    "Raise `ValueError` unless a template has the fields prompt, first and second, and nothing else in braces."
+    names = ("prompt", "first", "second")
+    try: fields = {name for _, name, _, _ in string.Formatter().parse(template) if name is not None}
+    except ValueError as error:
+        raise ValueError(f"the judge's template must have its braces in pairs ({error})") from None
+    for name in names:
+        if name not in fields:
+            raise ValueError(f"the judge's template has no {{{name}}}: it needs {{prompt}}, {{first}} and {{second}}")
+    more = sorted(fields - set(names))
+    if more: raise ValueError(f"the judge's template must not hold {{{more[0]}}}: write a brace that is text twice")
+
+
+def _check_options(options: Any) -> None:
+    "Raise `ValueError` unless options can be sent as JSON, and leave alone what the judge itself says."
+    if not isinstance(options, dict): raise ValueError("the judge's options must be a dictionary")
+    for name in ("model", "messages", "stream"):
+        if name in options: raise ValueError(f"the judge's options must not hold {name!r}: the judge sets that itself")
+    try: sound = json.loads(json.dumps(options, allow_nan=False)) == options
+    except (TypeError, ValueError, RecursionError): sound = False
+    if not sound: raise ValueError("the judge's options must hold text, finite numbers, true and false only")
+
 # %% ../../../nbs/experiments/judges/01_endpoint.ipynb #a16e072e
 @dataclass(frozen=True)
 class EndpointJudge:
     """A chat model behind an OpenAI-compatible URL, asked for one letter a pair.
 
-    Verdicts are 1, 0, 0.5, and None for a reply without a letter or a question without a reply; `reasons` counts these.
+    Verdicts are 1, 0, 0.5, and None for a reply that is none or a question without a reply; `reasons` counts these.
     Raises `PermissionError` without a key, and `ConnectionError` where many questions in a row get no reply, or all;
     the verdicts that are there are in the error's `verdicts`.
     """
@@ -144,17 +190,13 @@ class EndpointJudge:
         for name in ("model", "url", "template", "key"):
             if not isinstance(getattr(self, name), str) or not getattr(self, name).strip():
                 raise ValueError(f"the judge's {name} must be text, got {getattr(self, name)!r}")
-        if not self.url.startswith(("http://", "https://")):
-            raise ValueError(f"the judge's url must begin with http:// or https://, got {self.url!r}")
+        _check_place(self.url, self.key)
         for name in ("concurrency", "tries"):
             if type(getattr(self, name)) is not int: raise ValueError(f"the judge's {name} must be a whole number")
         for name in ("concurrency", "tries", "timeout"): check_positive(f"the judge's {name}", getattr(self, name))
-        check_not_negative("the judge's pause", self.pause)
-        if not isinstance(self.options, dict): raise ValueError("the judge's options must be a dictionary")
-        for name in ("prompt", "first", "second"):
-            if "{" + name + "}" not in self.template:
-                needs = "it needs {prompt}, {first} and {second}"
-                raise ValueError(f"the judge's template has no {{{name}}}: {needs}")
+        for name in ("pause", "longest_wait"): check_not_negative(f"the judge's {name}", getattr(self, name))
+        _check_options(self.options)
+        _check_template(self.template)
 
     @property
     def name(self) -> str:
@@ -166,25 +208,24 @@ class EndpointJudge:
         secret_of(self)
 
     def __call__(self, prompts: Sequence, first: Sequence[str], second: Sequence[str]) -> list[float | None]:
-        headers = {"Authorization": f"Bearer {secret_of(self)}", "Content-Type": "application/json"}
+        self.check()
         pace = Pace()
         with ThreadPoolExecutor(self.concurrency) as pool:
             questions = zip(prompts, first, second, strict=True)
-            waiting = [pool.submit(self._one, headers, pace, *question) for question in questions]
+            waiting = [pool.submit(self._one, pace, *question) for question in questions]
             try: return _verdicts(waiting, max(_IN_A_ROW, self.concurrency))
             finally: pool.shutdown(wait=False, cancel_futures=True)
 
-    def _one(self, headers: dict, pace: Pace, prompt, first: str, second: str) -> float | None:
+    def _one(self, pace: Pace, prompt, first: str, second: str) -> float | None:
         "One verdict."
         content = self.template.format(prompt=prompt_text(prompt), first=first.strip(), second=second.strip())
         body = {"model": self.model, "messages": [{"role": "user", "content": content}], **self.options}
         url = f"{self.url.rstrip('/')}/chat/completions"
-        answer = post(urllib.request.Request(url, json.dumps(body).encode(), headers), self, pace)
-        try: verdict = read_verdict(str(answer["choices"][0]["message"]["content"] or ""))
-        except (KeyError, IndexError, TypeError):
-            self.reasons["no chat completion"] += 1
-            raise ConnectionError(f"{self.url} answered, but not with a chat completion") from None
-        if verdict is None: self.reasons["no letter"] += 1
+        request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+        request.add_unredirected_header("Authorization", f"Bearer {secret_of(self)}")   # to no other server
+        verdict, why = verdict_of(post(request, self, pace))
+        if verdict is None: self.reasons[why] += 1
+        if why == _NO_CHAT: raise ConnectionError(f"{self.url} answered, but not with a chat completion")
         return verdict
 
 # %% ../../../nbs/experiments/judges/01_endpoint.ipynb #6f48efb7
@@ -197,33 +238,50 @@ def without_secret(text: str, judge: EndpointJudge) -> str:
     return text.replace(secret, f"<{judge.key}>") if secret else text
 
 
+class _Trouble(NamedTuple):
+    "Why a request got no answer, in words: an error of the network would carry the request along, with its key."
+
+    reason: str                 # to be counted: a status, or what an error is called
+    why: str                    # for people
+    status: int = 0             # of HTTP; 0: there was none
+    asked: float | None = None  # seconds that the server asks to wait
+
+
+def _send(request: urllib.request.Request, judge: EndpointJudge) -> tuple[Any, _Trouble | None]:
+    "The answer to a request, or what went wrong."
+    try:
+        with urllib.request.urlopen(request, timeout=judge.timeout) as answer: return json.load(answer), None
+    except urllib.error.HTTPError as error:
+        why = without_secret(f"{error.code} {error.reason}: {_body(error, judge)}", judge)
+        return None, _Trouble(str(error.code), why, error.code, asked_to_wait(error.headers.get("Retry-After")))
+    except (OSError, ValueError, RecursionError, http.client.HTTPException) as error:
+        name = type(error).__name__
+        return None, _Trouble(name, without_secret(f"{name}: {error}", judge))
+
+
 def post(request: urllib.request.Request, judge: EndpointJudge, pace: Pace) -> Any:
     "The answer to a request, after some tries; `PermissionError` or `ConnectionError` where trying again is no use."
-    why = reason = ""
+    last = _Trouble("", "")
     for attempt in range(judge.tries):
         pace.wait()
+        answer, trouble = _send(request, judge)
+        if trouble is None: return answer
+        last = trouble
+        if trouble.status in (401, 403):
+            raise PermissionError(f"{judge.url} refused the key in {judge.key} ({trouble.why})")
+        if trouble.status and trouble.status not in _WAIT_AND_TRY and trouble.status < 500:
+            judge.reasons[trouble.reason] += 1
+            raise ConnectionError(f"{judge.url} refused the question to {judge.model} ({trouble.why})")
         wait = min(60.0, judge.pause * 2**attempt) * random.uniform(0.5, 1.0)
-        try:
-            with urllib.request.urlopen(request, timeout=judge.timeout) as answer: return json.load(answer)
-        except urllib.error.HTTPError as error:
-            reason, why = str(error.code), without_secret(f"{error.code} {error.reason}: {_body(error, judge)}", judge)
-            if error.code in (401, 403):
-                raise PermissionError(f"{judge.url} refused the key in {judge.key} ({why})") from None
-            if error.code not in _WAIT_AND_TRY and error.code < 500: break
-            asked = asked_to_wait(error.headers.get("Retry-After"))
-            if asked is not None and asked > judge.longest_wait:
-                then = f"asks to wait {asked:.0f} seconds"
-                raise PermissionError(f"{judge.url} {then} ({why}): run it again after that") from None
-            if asked is not None: pace.rest(asked)      # everybody
-            if asked is not None: wait = judge.pause * random.uniform(0.0, 1.0)
-        except (OSError, ValueError, http.client.HTTPException) as error:
-            reason, why = type(error).__name__, without_secret(f"{type(error).__name__}: {error}", judge)
+        if trouble.asked is not None:
+            if trouble.asked > judge.longest_wait:
+                raise PermissionError(f"{judge.url} asks to wait {trouble.asked:.0f} seconds ({trouble.why}): "
+                                      "run it again after that")
+            pace.rest(trouble.asked)        # everybody
+            wait = judge.pause * random.uniform(0.0, 1.0)
         if attempt + 1 < judge.tries: time.sleep(wait)
-    else:
-        judge.reasons[reason] += 1
-        raise ConnectionError(f"{judge.url} did not answer in {judge.tries} tries; the last: {why}")
-    judge.reasons[reason] += 1
-    raise ConnectionError(f"{judge.url} refused the question to {judge.model} ({why})")
+    judge.reasons[last.reason] += 1
+    raise ConnectionError(f"{judge.url} did not answer in {judge.tries} tries; the last: {last.why}")
 
 
 def _body(error: urllib.error.HTTPError, judge: EndpointJudge) -> str:
@@ -231,10 +289,29 @@ def _body(error: urllib.error.HTTPError, judge: EndpointJudge) -> str:
     try: return " ".join(without_secret(error.read(2000).decode(errors="replace"), judge).split())[:200]
     except (OSError, http.client.HTTPException): return ""
 
+
+_NO_CHAT = "no chat completion"
+
+
+def verdict_of(answer: Any) -> tuple[float | None, str]:
+    "The verdict in a chat completion, and why there is none: the reply was refused, cut off, or is to be guessed at."
+    try:
+        choice = answer["choices"][0]
+        message = choice["message"]
+        reply, refused = str(message["content"] or ""), message.get("refusal")
+        finish = choice.get("finish_reason")
+    except (KeyError, IndexError, TypeError, AttributeError): return None, _NO_CHAT
+    if refused or finish == "content_filter": return None, "refused"
+    if finish == "length" and not re.fullmatch(r"[\W_]*[ABT][\W_]*", reply): return None, "cut off"
+    verdict = read_verdict(reply)
+    return verdict, "" if verdict is not None else "no letter"
+
 # %% ../../../nbs/experiments/judges/01_endpoint.ipynb #ed9c48fd
 def secret_of(judge: EndpointJudge) -> str:
     "The key of a judge, from the environment. Raises `PermissionError`, with what to set, where there is none."
     secret = os.environ.get(judge.key, "").strip()
+    if secret and not (secret.isascii() and secret.isprintable()):
+        raise PermissionError(f"{judge.key} must hold letters, digits and signs of ASCII only: copy the key anew")
     if secret: return secret
     raise PermissionError(f"no key for the judge {judge.model}: set {judge.key} to your key for {judge.url} (to any "
                           "word, if it is a server of your own that asks for none), or choose a judge that needs none, "

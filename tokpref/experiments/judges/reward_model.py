@@ -45,8 +45,9 @@ def _cut_chat(tokenizer: Any, messages: list[dict], answer: list[dict], limit: i
 def load_classifier(name: str) -> tuple[Any, Any]:
     "(tokenizer, model) of a sequence classifier, on the GPU if there is one, in the numbers that it is fast in."
     place = local_model(name)
-    tokenizer: Any = AutoTokenizer.from_pretrained(place)
-    model: Any = AutoModelForSequenceClassification.from_pretrained(place, dtype=pick_precision().frozen).eval()
+    tokenizer: Any = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+    classes, numbers = AutoModelForSequenceClassification, pick_precision().frozen
+    model: Any = classes.from_pretrained(place, dtype=numbers, trust_remote_code=False).eval()
     if tokenizer.pad_token_id is None: tokenizer.pad_token = tokenizer.eos_token
     model.config.pad_token_id = tokenizer.pad_token_id
     return tokenizer, model.to(fastest_device())
@@ -61,6 +62,16 @@ class RewardJudge:
     batch_size: int = 16        # texts scored at a time
     label: int | None = None    # which output is the score; None: there is only one
 
+    def __post_init__(self):
+        if not isinstance(self.model, str) or not self.model.strip():
+            raise ValueError(f"the judge's model must be a folder or an id on the hub, got {self.model!r}")
+        for name in ("max_length", "batch_size"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise ValueError(f"the judge's {name} must be a whole number of at least 1, got {value!r}")
+        if self.label is not None and (type(self.label) is not int or self.label < 0):
+            raise ValueError(f"the judge's label must be a whole number of at least 0, or None, got {self.label!r}")
+
     @property
     def name(self) -> str:
         "The id or the folder, with a digest of the weights: another model of the same name is another judge."
@@ -69,14 +80,16 @@ class RewardJudge:
 
     def check(self) -> None:
         "Raise `FileNotFoundError` for a model that can't be loaded, `ValueError` for one with several scores."
-        try: config = AutoConfig.from_pretrained(local_model(self.model))
-        except (OSError, ValueError) as error:
+        try: config = AutoConfig.from_pretrained(local_model(self.model), trust_remote_code=False)
+        except Exception as error:      # a file of a model can be broken in any way
             line = (str(error).strip().splitlines() or [type(error).__name__])[0]
             mend = "name a folder that holds a reward model, or go online"
             raise FileNotFoundError(f"cannot load the judge {self.model!r} ({line}): {mend}") from error
         self._check_scores(config.num_labels)
 
     def _check_scores(self, count: int | None) -> None:
+        if self.label is not None and count is not None and self.label >= count:
+            raise ValueError(f"{self.model} has {count} scores: label must be below that, got {self.label}")
         if count == 1 or self.label is not None: return
         raise ValueError(f"{self.model} has {count} scores: set label to one of them")
 

@@ -119,6 +119,10 @@ class CachedJudge:
         batch_size: int = 64,       # pairs asked before their verdicts are written
         progress: bool = True,      # show a bar while asking
     ):
+        if not isinstance(path, str | Path) or not str(path).strip() or Path(path).is_dir():
+            raise ValueError(f"path must name the file of the verdicts, got {str(path)!r}")
+        if type(batch_size) is not int or batch_size < 1:
+            raise ValueError(f"batch_size must be a whole number of at least 1, got {batch_size!r}")
         self.judge = judge
         self.path = Path(path)
         self.name = name or judge_name(judge)
