@@ -135,7 +135,7 @@ class Bench:
             "benchmark": "engine",
             "config": config,
             "versions": versions() | report.peer_versions(PEERS),
-            "hardware": hardware(),
+            "hardware": hardware() | {"vectors": torch.backends.cpu.get_cpu_capability()},
             "dense_rate": rate,
             "seconds": round(time.time() - self.started),
             **report.summary(self.runs, rate, args.device),
