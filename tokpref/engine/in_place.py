@@ -109,7 +109,8 @@ def chunk_stats(
 # %% ../../nbs/library/engine/02_in_place.ipynb #e08bb5df
 def _by_onednn(width: int, dtype: torch.dtype) -> bool:
     "Whether oneDNN has the quicker product for states of so many numbers."
-    if dtype != torch.float32 or not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled): return False
+    there = torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+    if dtype != torch.float32 or not there: return False
     return width >= 768 or "AVX512" in torch.backends.cpu.get_cpu_capability()
 
 
