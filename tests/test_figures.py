@@ -3,15 +3,18 @@ import ast
 import base64
 import html
 import json
+import random
 import re
 import struct
 import sys
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pytest
 from matplotlib.colors import is_color_like
 
+from tokpref import plots
 from tokpref.plots.style import BACKGROUNDS, CYCLE, contrast
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -68,11 +71,72 @@ def test_a_slider_is_labelled_in_symbols_and_says_what_to_watch(path, cell):
         assert html.unescape(said) in json.loads(html.unescape(values))
 
 
+NUMERAL = r"(?<![\w.])\d[\d,]*(?:\.\d+)?(?:e[-−]?\d+)?"
+CHECKS = {"assert_close", "test_eq", "test_close"}
+
+
+def numbers(text: str) -> set[float]:
+    "The numbers of a text, without their signs."
+    return {float(found.rstrip(",").replace(",", "").replace("−", "-")) for found in re.findall(NUMERAL, text)}
+
+
+def constants(tree: ast.AST) -> set[float]:
+    "The numbers in some code, also those within its strings."
+    found: set[float] = set()
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Constant) or isinstance(node.value, bool): continue
+        if isinstance(node.value, str): found |= numbers(node.value)
+        elif isinstance(node.value, int | float): found.add(abs(float(node.value)))
+    return found
+
+
+def checked(tree: ast.AST) -> set[float]:
+    "The numbers that asserts and the like of some code compare with."
+    found: set[float] = set()
+    for node in ast.walk(tree):
+        called = getattr(node, "func", None)
+        name = getattr(called, "attr", getattr(called, "id", ""))
+        if isinstance(node, ast.Assert) or name in CHECKS: found |= constants(node)
+    return found
+
+
+def unfounded(caption: str, own: ast.AST, trees: list[ast.AST]) -> list[str]:
+    "Decimals and percentages of a caption that no assert of its notebook holds, and no setting of its own cell is."
+    known = set().union(*map(checked, trees)) | constants(own)
+    caption = re.sub(rf"[α-ω] = {NUMERAL}|\bKL {NUMERAL}|95\s?% interval", "", caption)     # settings, and a name
+    told = re.findall(rf"({NUMERAL})(\s?%)?", caption)
+    measured = [(n, percent) for n, percent in told if percent or re.search(r"\d\.\d|e", n)]
+    return [n for n, percent in measured if not any(v in known for x in numbers(n) for v in (x, x / 100 if percent else x))]
+
+
+def parsed(source: str) -> ast.Module: return ast.parse(re.sub(r"^\s*[%!].*$", "", source, flags=re.M))
+
+
+@pytest.mark.parametrize("path", [p for p in NOTEBOOKS if p.relative_to(ROOT / "nbs").as_posix().startswith(TOLD)],
+                         ids=lambda p: p.relative_to(ROOT / "nbs").as_posix())
+def test_a_number_of_a_caption_is_one_that_the_notebook_asserts(path):
+    cells = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+    captions = [unquoted(directives(nbformat.v4.new_code_cell(cell.source)).get("fig-cap", "")) for cell in cells]
+    trees = [parsed("" if "COLAB_RELEASE_TAG" in cell.source else cell.source) for cell in cells]
+    for caption, own in zip(captions, trees, strict=True):
+        hints = [word.value.value for call in ast.walk(own) if isinstance(call, ast.Call) for word in call.keywords
+                 if word.arg == "watch" and isinstance(word.value, ast.Constant)]
+        left = unfounded(" ".join([caption, *hints]), own, trees)
+        assert not left, f"let the cell assert it: {left} of “{caption}” {hints}"
+
+
+def test_the_check_of_captions_sees_numbers():
+    own, more = parsed("draw(beta=0.5)\nassert f'{x:.2f}' == '0.47'"), parsed("assert_close(x, 0.73)\ny = 0.31")
+    assert unfounded("At β = 0.5 the margin is −0.47, and 73 % of 12 win.", own, [own, more]) == []
+    assert unfounded("The margin is 0.48, 0.31 after 20 steps, 5 % less.", own, [own, more]) == ["0.48", "0.31", "5"]
+
+
 def colors(source: str) -> set[str]:
     "Colours that the code of a figure names, but for those of helping lines, of letters and of boxes."
     found = set()
 
     def look(node: ast.AST) -> None:
+        if isinstance(node, ast.Assert): return     # numbers, not greys
         if isinstance(node, ast.Call):
             called = getattr(node.func, "attr", getattr(node.func, "id", ""))
             if called in NO_SERIES: return
@@ -107,3 +171,35 @@ def test_the_check_of_colours_sees_them():
     assert colors(code) == {"0.8", "C1", "tab:cyan"} and all(map(is_color_like, colors(code)))
     assert seen("0.8") < 3 and seen("tab:cyan") < 3 <= seen("C1")
     assert all(contrast(color, background) >= 3 for color in CYCLE for background in BACKGROUNDS.values())
+
+
+def package_figures(seed: int):
+    "Figures of the package with a legend or an inset: three paths that rise, under an optimum near or far above them."
+    draw = random.Random(seed)
+    points = [{"loss": loss, "step": step, "kl": step * (1 + i) * 0.3 + 0.1 * draw.random(), "accuracy": 0.6,
+               "reward": draw.uniform(0.5, 1) * step ** 0.5 + 0.2 * draw.random()}
+              for i, loss in enumerate(("dpo", "tdpo2", "a rather long name of a loss")) for step in range(6)]
+    lines = {loss: [(p["step"], p["reward"]) for p in points if p["loss"] == loss] for loss in ("dpo", "tdpo2")}
+    for height in (1, 30):
+        optimum = [(kl / 4, height * (kl / 4) ** 0.5) for kl in range(20)]
+        yield plots.frontier_plot(points, optimum)
+        yield plots.compare_figure(points, optimum, metric="accuracy")
+    yield plots.curves(lines, ylabel="reward")
+    yield plots.panels({"one": lines, "two": lines})
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_legends_and_insets_of_the_package_hide_no_data(seed):
+    insets = 0
+    for figure in package_figures(seed):
+        figure.canvas.draw()
+        legends = [*figure.legends, *(ax.get_legend() for ax in figure.axes if ax.get_legend())]
+        for box in [legend.get_window_extent() for legend in legends]:
+            assert not any(box.overlaps(ax.get_window_extent()) for ax in figure.axes)
+        for ax in figure.axes:
+            paths = np.concatenate([ax.transData.transform(line.get_xydata()) for line in ax.lines
+                                    if line.get_label() != "optimum"]) if ax.child_axes else np.empty((0, 2))
+            for inset in ax.child_axes:
+                insets += 1
+                assert not any(inset.get_window_extent().contains(*point) for point in paths)
+    assert insets == 2, "where the optimum is far away there is an inset"

@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT / "tools"))
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 NEEDS = {"Chromium": CHROMIUM, "chromedriver": shutil.which("chromedriver"), "Node": shutil.which("node"),
-         "npm packages in tools/site (npm ci)": (ROOT / "tools" / "site" / "node_modules").exists(),
+         "npm packages in tools/site (npm ci)": (ROOT / "tools" / "site" / "node_modules" / "axe-core").exists(),
          "pypandoc_binary": importlib.util.find_spec("pypandoc"), "selenium": importlib.util.find_spec("selenium")}
 MISSING = [name for name, found in NEEDS.items() if not found]
 pytestmark = [
@@ -528,6 +528,23 @@ def test_options_keep_their_two_dashes(site):
     page = next(page for page in site[1] if page.source == "library/cli/02_commands.ipynb")
     told = re.sub(r"<[^>]+>", "", article(site, page))
     assert "--eval-split" in told and not re.search(r"[–—][a-z]{2,}", told)
+    assert "<code>'loss_options={window: 4}'</code>" in article(site, page), "what is typed is code"
+
+
+def test_an_option_is_not_broken_behind_a_dash():
+    from build_site import OPTION, to_html
+    from site_html import whole_options
+    assert '<span class="nb">--eval-split</span>' in to_html(OPTION.sub(r"[\\-\\-\1]{.nb}", "every --eval-split, a--b"))
+    code = "<pre><code>f --x</code></pre><p><code>tokpref f --model M -x</code> <code>a-b</code></p>"
+    whole = whole_options(code)
+    assert whole.startswith("<pre><code>f --x</code></pre>") and whole.endswith("<code>a-b</code></p>")
+    assert 'f <span class="nb">--model</span> M <span class="nb">-x</span></code>' in whole
+
+
+def test_a_fault_can_be_reported_in_private(site):
+    where = "https://github.com/tokpref/tokpref/blob/main/SECURITY.md"
+    assert (ROOT / "SECURITY.md").exists() and where in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert all(f'<a href="{where}">Report a fault in private</a></p>' in text(site, page) for page in site[1])
 
 
 def test_folded_checks_open_by_keyboard(site, browser):

@@ -44,7 +44,7 @@ CALLOUT = re.compile(
 REFERENCE = re.compile(r"(?<![\w`@/])@((?:eq|fig|sec|tbl)-[\w-]*\w)")
 NAME_LINK = re.compile(r"\[(`[^`\n]+`)\]\([^)\s]*\)")         # nbdev links a name, in a link of ours too
 LINK_IN_LINK = re.compile(r"\[((?:[^\[\]]*\[`[^`\n]+`\]\([^)\s]*\))+[^\[\]]*)\]\(")
-OPTION = re.compile(r"(?<![-\w!\\|:])--(?=[a-z][\w-]*)")     # of a command, in a text, where pandoc makes dashes
+OPTION = re.compile(r"(?<![-\w!\\|:])--([a-z][\w-]*)")       # of a command, in a text, where pandoc makes dashes
 GLOSSARY = "derivations/words.ipynb"
 
 
@@ -115,7 +115,7 @@ def resolve(page: Page, pages: list[Page], site: dict, markdown: str) -> str:
     blocks = re.split(r"(^(`{3,}).*?^\2\s*$|`[^`\n]+`)", markdown, flags=re.S | re.M)
     texts = [block for i, block in enumerate(blocks) if i % 3 != 2]     # the fence itself is a group of its own
     joined = "\0".join(text if i % 2 == 0 else f"\1{i}\1" for i, text in enumerate(texts))
-    joined = OPTION.sub(r"\\-\\-", joined)
+    joined = OPTION.sub(r"[\\-\\-\1]{.nb}", joined)
     joined = CALLOUT.sub(lambda m: f"{m[1]}\n[{m[4] or m[3] or m[2].capitalize()}]{{.title}}\n\n", joined)
     joined, labels = number_equations(joined)
     labels |= page.labels

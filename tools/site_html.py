@@ -21,6 +21,7 @@ HEADING = re.compile(r'<h([23])([^>]*) id="([^"]+)"([^>]*)>(.*?)</h\1>', re.S)
 ALIGNED = re.compile(r"^(.*?)\\begin\{(aligned|alignedat)\}(?:\{\d+\})?(.*)\\end\{\2\}(.*)$", re.S)
 PAPER = re.compile(r"(?:https?://(?:www\.)?arxiv\.org/(?:abs|pdf)/|arXiv[:\s]\s*)(\d{4}\.\d{4,5})(?:v\d+)?\b", re.I)
 NUMBER = re.compile(r"(?<![\w.])((?:0[7-9]|1\d|2\d)(?:0[1-9]|1[0-2])\.\d{5})(?:v\d+)?\b(?!\.\d)")
+OPTION = re.compile(r"(?<![\w-])--?[a-zA-Z][\w-]*")
 BREAKABLE = re.compile(r"[^\w\s]\S")     # a browser may break a run of characters at such places
 COLORS = [(Comment, "co"), (Keyword.Constant, "nu"), (Keyword, "kw"), (Operator.Word, "kw"), (Name.Builtin.Pseudo, ""),
           (Name.Builtin, "fn"), (Name.Function, "fn"), (Name.Class, "fn"), (Name.Decorator, "fn"), (Name.Tag, "kw"),
@@ -80,6 +81,16 @@ def code_run(run: list[tuple[str, str]]) -> tuple[str, str]:
     return one or "", inner
 
 
+def whole_options(body: str) -> str:
+    "Options of a command, in the code of a sentence, that a line does not break behind a dash."
+    def one(match):
+        if match[1] is None: return match[0]        # a block
+        return f"<code>{OPTION.sub(shown, match[1])}</code>"
+
+    def shown(match): return f'<span class="nb">{match[0]}</span>' if len(match[0]) < 25 else match[0]
+    return re.sub(r"<pre\b.*?</pre>|<code>([^<]*)</code>", one, body, flags=re.S)
+
+
 def boxed(kind: str, inner: str) -> str:
     "Something that may be wider than the page: it scrolls in its box, and the box shows where it goes on."
     return f'<div class="box {kind}">{inner}</div>'
@@ -87,6 +98,7 @@ def boxed(kind: str, inner: str) -> str:
 
 def code_boxes(body: str) -> str:
     "Code with its colours, outputs, other preformatted text and tables, each in a box."
+    body = whole_options(body)
     shown = '<pre class="scroll"><code>{}</code></pre>'.format
     body = CODE.sub(lambda m: boxed(f"code {m[1]}", shown(colored(html.unescape(m[2]), m[1]))), body)
     body = OUTPUT.sub(lambda m: boxed("out", f'<pre class="scroll {m[1]}"><code>{m[2]}</code></pre>'), body)
