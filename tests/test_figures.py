@@ -106,7 +106,8 @@ def unfounded(caption: str, own: ast.AST, trees: list[ast.AST]) -> list[str]:
     caption = re.sub(rf"[α-ω] = {NUMERAL}|\bKL {NUMERAL}|95\s?% interval", "", caption)     # settings, and a name
     told = re.findall(rf"({NUMERAL})(\s?%)?", caption)
     measured = [(n, percent) for n, percent in told if percent or re.search(r"\d\.\d|e", n)]
-    return [n for n, percent in measured if not any(v in known for x in numbers(n) for v in (x, x / 100 if percent else x))]
+    def stands(number, percent): return any(x in known or percent and x / 100 in known for x in numbers(number))
+    return [number for number, percent in measured if not stands(number, percent)]
 
 
 def parsed(source: str) -> ast.Module: return ast.parse(re.sub(r"^\s*[%!].*$", "", source, flags=re.M))
