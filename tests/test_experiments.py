@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig
 
 from tokpref.data import PreferenceCollator
@@ -47,6 +48,7 @@ from tokpref.experiments.compare import (
     train,
 )
 from tokpref.experiments.compare import run as harness
+from tokpref.experiments.compare.baselines import sft_examples
 from tokpref.experiments.compare.record import weights_digest
 from tokpref.experiments.compare.resolve import swept
 from tokpref.experiments.tasks import toy
@@ -847,6 +849,14 @@ def test_policy_gradient_raises_the_exact_reward(tmp_path):
     assert free["reward"] > record["start"]["reward"] + 0.3 and held["kl"] < 0.2 * free["kl"]
 
 
+def test_the_gain_of_a_policy_gradient_is_clipped_to_the_smaller():
+    "By hand, clip 0.2: ratios 1.5, 0.5 and 1.1 of an answer that gained 2, and of one that lost 1 in two tokens."
+    ratios = torch.tensor([[1.5, 0.5, 1.1]] * 2).log()
+    mask = torch.tensor([[True, True, True], [True, True, False]])
+    loss = baselines.clipped_loss(ratios, torch.zeros(2, 3), mask, torch.tensor([2.0, -1.0]), 0.2)
+    torch.testing.assert_close(loss, torch.tensor(-((2.4 + 1.0 + 2.2) + (-1.5 - 0.8)) / 2))
+
+
 def test_gradient_of_fresh_samples_is_reinforce(tmp_path):
     config = replace(find_task("toy").configure("smoke")[1], **QUICK)
     shared = train.SharedStart(find_task("toy"), config, tmp_path, 0, False)
@@ -874,6 +884,12 @@ def ppo_trainer(shared, config, folder, **options):
         copy.deepcopy(shared.problem.policy), arguments, processing_class=shared.problem.tokenizer
     )
     return trainer.setup(shared.problem, shared.reference, {"clip": 0.2, **options}, 0.3)
+
+
+def test_fine_tuning_learns_the_response_and_not_the_prompt():
+    pair = {"prompt_ids": [5, 6, 7], "chosen_ids": [8, 1], "rejected_ids": [9, 1]}
+    (row,) = sft_examples(Dataset.from_list([pair]))
+    assert row == {"input_ids": [5, 6, 7, 8, 1], "attention_mask": [1] * 5, "labels": [-100, -100, -100, 8, 1]}
 
 
 def test_fine_tuning_raises_the_likelihood_of_chosen_responses(tmp_path):

@@ -46,9 +46,7 @@ def group_pairs(sizes: list[int], room: int) -> list[list[int]]:
     left: list[int] = []        # room in each group
     for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
         place = next((place for place, free in enumerate(left) if sizes[i] <= free), len(groups))
-        if place == len(groups):
-            groups.append([])
-            left.append(room)
+        if place == len(groups): groups, left = [*groups, []], [*left, room]
         groups[place].append(i)
         left[place] -= sizes[i]
     return [sorted(group) for group in groups]
