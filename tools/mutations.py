@@ -200,8 +200,8 @@ HARNESS = [
     Fault("experiments/compare/baselines.py", "rollout[\"rewards\"] - self.beta * stats.log_ratio",
           "rollout[\"rewards\"] + self.beta * stats.log_ratio",
           "tests/test_experiments.py -k policy_gradient"),
-    Fault("experiments/compare/run.py", "shared.seed, code])", "code])",
-          "tests/test_experiments.py -k a_seed_draws"),
+    Fault("experiments/compare/run.py", "shared.seed, code])", "shared.seed])",
+          "tests/test_experiments.py -k edited_loss"),
 ]
 TESTS = {
     "losses": (LOSSES, ["tests/test_losses.py", "tests/test_more_losses.py"]),
