@@ -36,7 +36,7 @@ from tokpref.engine.packing import pack_rows
 from tokpref.engine.reference import cached_ref_logps
 from tokpref.experiments.compare import compare
 from tokpref.experiments.judges import CachedJudge, EndpointJudge
-from tokpref.files import SEAL, damage, last_checkpoint, one_at_a_time, whole_file, whole_folder, write_whole
+from tokpref.files import SEAL, damage, last_checkpoint, one_at_a_time, seal, whole_file, whole_folder, write_whole
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 
@@ -291,6 +291,18 @@ def test_a_checkpoint_that_was_cut_is_left_out_with_a_word(tmp_path):
     (tmp_path / "checkpoint-12").mkdir()
     assert last_checkpoint(tmp_path, said.append) == str(tmp_path / "checkpoint-2")
     assert [line.split()[0] for line in said] == ["checkpoint-12", "checkpoint-10"]
+
+
+def test_a_seal_that_was_killed_is_made_again(tmp_path):
+    folder = tmp_path / "checkpoint-2"
+    with whole_folder(folder) as part: (part / "weights").write_text("a")
+    (folder / SEAL).unlink()
+    def killed(_):
+        os.replace = lambda *names: os.kill(os.getpid(), signal.SIGKILL)     # when all but the name is there
+        seal(folder)
+    assert in_child(killed, tmp_path) == -signal.SIGKILL and list(folder.glob(".*.part"))
+    seal(folder)
+    assert damage(folder) == "" and sorted(path.name for path in folder.iterdir()) == sorted(["weights", SEAL])
 
 
 # Two processes

@@ -168,6 +168,7 @@ def seal(folder: str | os.PathLike) -> None:
     "Write down size and sum of every file in a folder, all of it on the disk before."
     folder = Path(folder)
     with telling(folder):
+        beside(folder / SEAL)       # a seal that was killed before is removed, and not counted
         files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / SEAL)
         for path in files: flush(path)
         sums = {path.relative_to(folder).as_posix(): [path.stat().st_size, sha256_of(path)] for path in files}

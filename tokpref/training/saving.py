@@ -21,7 +21,7 @@ from torch.distributed.fsdp import StateDictType
 from transformers import Trainer
 
 from ..data import PrepReport
-from ..files import checkpoint_damage, last_checkpoint, seal, telling, whole_file, whole_files, write_whole
+from ..files import SEAL, checkpoint_damage, last_checkpoint, seal, telling, whole_file, whole_files, write_whole
 from ..losses.registry import LossSpec
 from ..losses.types import PairLoss
 from ..metrics import RunningAverages
@@ -144,6 +144,8 @@ class ResumingPart(RunPart):
             if resume_from_checkpoint is True:
                 resume_from_checkpoint = last_checkpoint(self.args.output_dir or ".", _log.warning)
                 if resume_from_checkpoint is None: _log.warning("no checkpoint yet: training starts from the beginning")
+                elif writes and not (Path(resume_from_checkpoint) / SEAL).exists():
+                    seal(resume_from_checkpoint)        # its last file was there; a kill came before the seal
             elif resume_from_checkpoint and Path(resume_from_checkpoint).is_dir():
                 wrong = checkpoint_damage(resume_from_checkpoint)
                 if wrong: raise ValueError(f"{Path(resume_from_checkpoint).name}: {wrong}: go on from an older one")
