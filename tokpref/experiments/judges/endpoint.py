@@ -292,7 +292,7 @@ def _body(error: urllib.error.HTTPError, judge: EndpointJudge) -> str:
 
 _NO_CHAT = "no chat completion"
 
-
+# %% ../../../nbs/experiments/judges/01_endpoint.ipynb #5e81c2d4
 def verdict_of(answer: Any) -> tuple[float | None, str]:
     "The verdict in a chat completion, and why there is none: the reply was refused, cut off, or is to be guessed at."
     try:
