@@ -165,17 +165,19 @@ SMALL_REVIEWS = {
     "eval_steps": 1,
     "sweep": {},
 }
-SMALL_STORIES = {
+SMALL_STORIES = {       # tuned so far that some of its own samples are right
     "train_questions": 24,
     "completions": 6,
     "test_questions": 4,
-    "sft_batch": 8,
+    "sft_batch": 4,
+    "sft_learning_rate": 1e-4,
+    "sft_warmup_steps": 1,
     "max_length": 128,
-    "max_new_tokens": 32,
-    "eval_batch": 36,
+    "max_new_tokens": 40,
+    "eval_batch": 72,
     "batch_size": 2,
     "steps": 2,
-    "eval_steps": 1,
+    "eval_steps": 2,
 }
 MOST = {"tests": 180, "engine": 420}        # seconds that a part may take; the others share what is left
 
