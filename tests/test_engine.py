@@ -33,7 +33,7 @@ from tokpref.engine import in_place, one_pass, trial
 from tokpref.engine.attention import packed_attention, packed_inputs
 from tokpref.engine.forward import Features, full_logits_reason
 from tokpref.engine.gradients import GradientSums
-from tokpref.engine.head import Head
+from tokpref.engine.head import Head, split_head
 from tokpref.engine.in_place import Wants
 from tokpref.engine.packing import LAYOUTS, pack_pairs, pack_rows, split_by_tokens
 from tokpref.engine.trial import choose_layout, packing_obstacle, takes_segments
@@ -138,6 +138,16 @@ def near(ours, wanted, tolerance):
 def close(one, other, tolerance):
     near(one[0], other[0], tolerance)
     for a, b in zip(one[1], other[1], strict=True): near(a, b, tolerance)
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_a_head_that_was_taken_off_gives_the_models_own_logits(family):
+    "With a wrong scale the engine would fall back to full logits, which are right and cost more."
+    model, ids = make(family), make_batch()["input_ids"]
+    head = split_head(model)
+    assert head is not None
+    outputs = model(ids, output_hidden_states=True)
+    near(head.logits(outputs.hidden_states[-1]), outputs.logits, 1e-5)
 
 
 @pytest.mark.parametrize("family", MODELS)

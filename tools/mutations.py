@@ -119,7 +119,7 @@ ENGINE = [
         "engine/head.py",
         "(getattr(config, \"logit_scale\", None) or 1.0) / (getattr(config, \"logits_scaling\", None) or 1.0)",
         "(getattr(config, \"logit_scale\", None) or 1.0)",
-        "tests/test_engine.py -k count_or_score",
+        "tests/test_engine.py -k head_that_was_taken_off",
     ),
 ]
 DATA = [
