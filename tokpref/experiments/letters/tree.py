@@ -7,6 +7,7 @@ __all__ = ['policy_tree', 'toy_policy', 'outcome_logps', 'outcome_rewards', 'pol
            'mean_kl', 'improved_tree', 'exact_reference']
 
 # %% ../../../nbs/experiments/letters/01_tree.ipynb #4f003eef
+import inspect
 from typing import Any
 
 import torch
@@ -29,13 +30,15 @@ def policy_tree(
     end, first = tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("a")
     columns = torch.tensor([*range(first, first + A), end], device=device)
     cache = DynamicCache(config=model.config)
+    takes = inspect.signature(type(model).forward).parameters
+    memory = {"cache" if "cache" in takes else "past_key_values": cache}    # older versions have the longer name
     ids = first + prompts.to(device)
     levels = []
     for length in range(config.max_letters + 1):
         if length:
             cache.batch_repeat_interleave(A)
             ids = columns[:A].repeat(len(prompts) * A ** (length - 1))[:, None]
-        logits = model(input_ids=ids, past_key_values=cache, use_cache=True).logits[:, -1]
+        logits = model(input_ids=ids, **memory, use_cache=True).logits[:, -1]
         logps = logits.double().log_softmax(-1)
         levels.append(logps[:, columns].view(len(prompts), A ** length, A + 1).cpu())
     return levels
