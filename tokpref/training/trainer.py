@@ -169,7 +169,7 @@ class _EvaluationPart(RunPart):
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None) -> tuple[Tensor, None, None]:
         "The loss of an evaluation batch; the other metrics are gathered on the way."
-        with torch.no_grad(): loss = self.compute_loss(model, self._prepare_inputs(inputs))
+        with torch.no_grad(): loss: Any = self.compute_loss(model, self._prepare_inputs(inputs))
         return loss.detach(), None, None
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs) -> Any:
