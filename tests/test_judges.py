@@ -294,7 +294,7 @@ def test_a_reward_model_counts_with_what_the_card_has(reward_folder, monkeypatch
     monkeypatch.setattr(
         judges.reward_model.AutoModelForSequenceClassification,
         "from_pretrained",
-        lambda name, dtype: asked.append(dtype) or 1 / 0,
+        lambda name, dtype, trust_remote_code: asked.append(dtype) or 1 / 0,
     )
     for own in (True, False):
         monkeypatch.setattr(
