@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['did_you_mean', 'nearest', 'shortened', 'check_known', 'is_number', 'check_positive', 'check_not_negative',
-           'check_unused']
+           'check_count', 'check_unused']
 
 # %% ../nbs/library/00_checks.ipynb #3d28fb97
 import difflib
@@ -61,6 +61,13 @@ def check_not_negative(name: str, value: object, below: float = math.inf) -> Non
     "Raise `ValueError` unless `value` is a number from 0 up to, and without, `below`."
     if not (is_number(value) and 0 <= value < below):
         raise ValueError(f"{name} must be a number in [0, {below}), got {shortened(value)}")
+
+
+def check_count(name: str, value: object, least: int = 1, most: int = 2**31 - 1) -> None:
+    "Raise `ValueError` unless `value` is a whole number from `least` to `most`."
+    if type(value) is not int or value < least:
+        raise ValueError(f"{name} must be a whole number of at least {least}, got {shortened(value)}")
+    if value > most: raise ValueError(f"{name} must be at most {most}, got {shortened(value)}")
 
 # %% ../nbs/library/00_checks.ipynb #3eb7e767
 def check_unused(

@@ -174,8 +174,8 @@ def _open_file(path: Path, split: str) -> Dataset:
     return _readable(load_dataset(kind, data_files=str(path), split="train" + rest, **options))
 
 # %% ../../nbs/library/data/03_sources.ipynb #b1ca9cf3
-def _tables_as_text(where: dict, split: str) -> dict:
-    "`table_options` for a folder whose files are tables of comma- or tab-separated values; {} for any other."
+def _reading_options(where: dict, split: str) -> dict:
+    "`table_options` for a folder of comma- or tab-separated values, {} for any other. Errors as that and `check_json`."
     config = datasets.load_dataset_builder(**where).config
     files = [Path(str(file)) for file in (config.data_files or {}).get(_split_name(split)[0], [])]
     if type(config).__name__ == "JsonConfig":
@@ -195,7 +195,7 @@ def _open_folder(folder: Path, split: str, loader: Loader) -> Dataset:
     if loader.data_dir and not (folder / loader.data_dir).is_dir():
         raise ValueError(f"no folder {loader.data_dir!r} in {folder}")
     where = dict(path=str(folder), name=loader.config, data_dir=loader.data_dir)
-    return load_dataset(**where, split=split, **_tables_as_text(where, split))
+    return load_dataset(**where, split=split, **_reading_options(where, split))
 
 # %% ../../nbs/library/data/03_sources.ipynb #a7190552
 def _open_hub(source: str, split: str, loader: Loader, root: Path | None) -> Dataset:

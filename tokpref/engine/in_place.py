@@ -123,7 +123,6 @@ def multiply(hidden: Tensor, weight: Tensor, out: Tensor) -> Tensor:
         out[:, columns].copy_(F.linear(states, weight[columns]).to_dense())
     return out
 
-
 # %% ../../nbs/library/engine/02_in_place.ipynb #f9a7eea6
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     "The type that statistics and sums are held in: float32, or float64 where everything is."

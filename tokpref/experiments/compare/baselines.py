@@ -19,14 +19,14 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import DataCollatorForSeq2Seq, Trainer
 
-from ...checks import check_positive, nearest
+from ...checks import check_count, check_positive, nearest
 from ...engine import response_stats
 from ...evaluation import Samples, estimate, sample, score_samples
 from ...models import disable_dropout
 from ...training import PreferenceConfig
 from .labels import LossRun
 from .measure import PathCallback
-from .problem import Problem, RunConfig, check_count
+from .problem import Problem, RunConfig
 from .train import run_arguments, train_along
 
 # %% ../../../nbs/experiments/compare/07_baselines.ipynb #b7d9d720

@@ -12,7 +12,7 @@ from statistics import NormalDist
 
 import numpy as np
 
-from ...checks import is_number
+from ...checks import check_count, is_number
 
 # %% ../../../nbs/experiments/judges/04_comparisons.ipynb #7fc6c8d6
 def comparisons_needed(
@@ -44,7 +44,7 @@ def bootstrap_interval(
 ) -> tuple[float, float]:
     "The percentile bootstrap interval of a statistic, rows drawn again with replacement."
     if not (is_number(level) and 0 < level < 1): raise ValueError(f"level must lie between 0 and 1, got {level!r}")
-    if type(draws) is not int or draws < 1: raise ValueError(f"draws must be a whole number above 0, got {draws!r}")
+    check_count("draws", draws)
     arrays = [np.asarray(column) for column in columns]
     n = len(arrays[0])
     if n < 2 or any(len(column) != n for column in arrays):

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
+from ...checks import check_count
 from ...data.tokens import encode_chat, shorten_chat
 from ...models import local_model
 from ...precision import fastest_device, pick_precision
@@ -65,12 +66,8 @@ class RewardJudge:
     def __post_init__(self):
         if not isinstance(self.model, str) or not self.model.strip():
             raise ValueError(f"the judge's model must be a folder or an id on the hub, got {self.model!r}")
-        for name in ("max_length", "batch_size"):
-            value = getattr(self, name)
-            if type(value) is not int or value < 1:
-                raise ValueError(f"the judge's {name} must be a whole number of at least 1, got {value!r}")
-        if self.label is not None and (type(self.label) is not int or self.label < 0):
-            raise ValueError(f"the judge's label must be a whole number of at least 0, or None, got {self.label!r}")
+        for name in ("max_length", "batch_size"): check_count(f"the judge's {name}", getattr(self, name))
+        if self.label is not None: check_count("the judge's label, unless it is None,", self.label, least=0)
 
     @property
     def name(self) -> str:

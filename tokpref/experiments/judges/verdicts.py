@@ -20,6 +20,7 @@ import numpy as np
 from filelock import FileLock
 from tqdm.auto import tqdm
 
+from ...checks import check_count
 from ...evaluation import length_controlled, win_rate
 from ...files import telling
 
@@ -121,8 +122,7 @@ class CachedJudge:
     ):
         if not isinstance(path, str | Path) or not str(path).strip() or Path(path).is_dir():
             raise ValueError(f"path must name the file of the verdicts, got {str(path)!r}")
-        if type(batch_size) is not int or batch_size < 1:
-            raise ValueError(f"batch_size must be a whole number of at least 1, got {batch_size!r}")
+        check_count("batch_size", batch_size)
         self.judge = judge
         self.path = Path(path)
         self.name = name or judge_name(judge)
