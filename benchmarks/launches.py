@@ -32,7 +32,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch  # noqa: E402
 import workloads  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
-from torch._inductor.utils import run_and_get_code  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes  # noqa: E402
 
 from tokpref import LOSSES  # noqa: E402
@@ -142,8 +141,10 @@ def body(policy: nn.Module, reference: nn.Module, batch: dict) -> Callable[[], T
 
 
 def models_and_batch(name: str) -> tuple[nn.Module, nn.Module, dict]:
+    "An eighth of the tokens of real pairs: what is launched does not depend on their number."
     shape = workloads.SHAPES[name]
-    batch = workloads.make_batch(workloads.HH_LENGTHS[shape.pairs], shape.vocab, 1)
+    lengths = [tuple(max(1, tokens // 8) for tokens in pair) for pair in workloads.HH_LENGTHS[shape.pairs]]
+    batch = workloads.make_batch(lengths, shape.vocab, 1)
     return *workloads.make_models(shape, 1), batch
 
 
@@ -165,6 +166,7 @@ def trl(counter: list[Launches]) -> int | None:
 
 def compiled_layer(policy: nn.Module, reference: nn.Module, batch: dict) -> int:
     "Launches of one layer: of both models' forward pass and the policy's backward pass, as Inductor wrote them."
+    from torch._inductor.utils import run_and_get_code      # takes seconds to import
     for model in (policy, reference): compile_layers(model, fullgraph=True)
     _, programs = run_and_get_code(lambda: body(policy, reference, batch)().backward())
     if len(programs) != 3: raise RuntimeError(f"{len(programs)} programs for all layers, where three were expected")

@@ -84,6 +84,3 @@ def main(out: str) -> None:
         "accumulated": dict(gradient_accumulation_steps=2)}
     runs = {name: run(f"{out}.{name}", processes, **kind) for name, kind in kinds.items()}
     if int(os.environ.get("RANK", 0)) == 0: Path(out).write_text(json.dumps(runs), encoding="utf-8")
-
-
-if __name__ == "__main__": main(sys.argv[1])

@@ -83,6 +83,3 @@ def main(out: str) -> None:
             report["full logits"] = full_logits_reason(model) or full_logits_reason(reference)
     if dist.get_rank() == 0: Path(out).write_text(json.dumps(report), encoding="utf-8")
     dist.destroy_process_group()
-
-
-if __name__ == "__main__": main(sys.argv[1])

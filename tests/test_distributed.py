@@ -3,15 +3,19 @@
 import json
 import os
 import socket
-import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from torch.multiprocessing.spawn import start_processes
 from torch.testing import assert_close
 
-WORKER = Path(__file__).with_name("train_worker.py")
+sys.path.insert(0, str(Path(__file__).parent))
+import fsdp_worker  # noqa: E402
+import shards_worker  # noqa: E402
+import train_worker  # noqa: E402
 
 
 def free_port() -> int:
@@ -20,26 +24,25 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def launch(command: list[str], processes: int) -> None:
-    "Run a script as so many processes."
+def one_of(rank: int, processes: int, port: int, work: Callable, arguments: tuple) -> None:
+    "What one process does; several form a group, as torchrun's do."
+    torch.set_num_threads(1)
     if processes > 1:
-        command = [
-            "-m",
-            "torch.distributed.run",
-            "--nproc-per-node",
-            str(processes),
-            "--master-port",
-            str(free_port()),
-            *command,
-        ]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([sys.executable, *command], env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes),
+                          LOCAL_WORLD_SIZE=str(processes), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    train_worker.forget_processes()
+    work(*arguments)
+
+
+def launch(work: Callable, *arguments, processes: int) -> None:
+    "Run `work(*arguments)` as so many processes. A fork has all imports; CUDA does not bear one."
+    method = "spawn" if torch.cuda.is_available() or not hasattr(os, "fork") else "fork"
+    start_processes(one_of, (processes, free_port(), work, arguments), processes, start_method=method)
 
 
 def train(out: Path, processes: int) -> dict:
     "Weights and evaluation of each run after a few steps of four pairs, by so many processes."
-    launch([str(WORKER), str(out), str(4 // processes)], processes)
+    launch(train_worker.main, str(out), 4 // processes, processes=processes)
     return torch.load(out, weights_only=True)
 
 
@@ -57,7 +60,7 @@ def test_two_processes_equal_one(tmp_path):
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
 def test_fsdp2_has_the_gradients_of_whole_models_without_full_logits(tmp_path):
-    launch([str(WORKER.with_name("shards_worker.py")), str(tmp_path / "report.json")], 2)
+    launch(shards_worker.main, str(tmp_path / "report.json"), processes=2)
     report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
     assert report.pop("full logits") is None
     assert len(report) == 6
@@ -71,7 +74,7 @@ def test_fsdp2_trains_as_one_process_does(tmp_path):
     runs = []
     for processes in (1, 2):
         out = tmp_path / f"{processes}.json"
-        launch([str(WORKER.with_name("fsdp_worker.py")), str(out)], processes)
+        launch(fsdp_worker.main, str(out), processes=processes)
         runs.append(json.loads(out.read_text(encoding="utf-8")))
     for name, whole in runs[0].items():
         shards = runs[1][name]

@@ -5,6 +5,7 @@ import sys
 import tempfile
 
 import torch
+from accelerate.state import AcceleratorState
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -17,6 +18,12 @@ tokenizer = PreTrainedTokenizerFast(
 tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
 pairs = [dict(prompt="<bos> " + q, chosen=a, rejected=b) for q in ("is it true", "is it", "it is true", "true is it")
          for a, b in (("yes", "no"), ("very yes", "very no"), ("yes it is", "no"), ("yes", "no it is"))]
+
+
+def forget_processes() -> None:
+    "Have accelerate find its processes anew, on CPUs."
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def train(batch_size: int, rows=None, **changes) -> dict:
@@ -85,6 +92,3 @@ def main(out: str, batch_size: int) -> None:
     # the last batch of an epoch is filled up with pairs of the first, which count once; with 13, a process has no other
     for count in (13, 15): runs[f"{count} pairs"] = train(batch_size, pairs[:count])
     if int(os.environ.get("RANK", 0)) == 0: torch.save(runs, out)
-
-
-if __name__ == "__main__": main(sys.argv[1], int(sys.argv[2]))
