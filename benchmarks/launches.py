@@ -166,7 +166,7 @@ def trl(counter: list[Launches]) -> int | None:
 
 def compiled_layer(policy: nn.Module, reference: nn.Module, batch: dict) -> int:
     "Launches of one layer: of both models' forward pass and the policy's backward pass, as Inductor wrote them."
-    from torch._inductor.utils import run_and_get_code      # takes seconds to import
+    from torch._inductor.utils import run_and_get_code  # takes seconds to import
     for model in (policy, reference): compile_layers(model, fullgraph=True)
     _, programs = run_and_get_code(lambda: body(policy, reference, batch)().backward())
     if len(programs) != 3: raise RuntimeError(f"{len(programs)} programs for all layers, where three were expected")

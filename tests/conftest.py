@@ -1,4 +1,5 @@
 """Nothing in these tests reaches the network, draws on a screen, or uses more than one thread."""
+import gc
 import os
 
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false", MPLBACKEND="agg")
@@ -43,3 +44,12 @@ def model():
         pad_token_id=0,
     )
     return GPT2LMHeadModel(config).eval()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def imports_are_no_garbage():
+    "Each trainer collects garbage some times: what is there before a file's first test is not looked at again."
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()

@@ -1,7 +1,6 @@
 """Gradients of a few pairs on two processes, with and without FSDP2; test_distributed.py runs it."""
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

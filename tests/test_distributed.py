@@ -17,7 +17,6 @@ import fsdp_worker  # noqa: E402
 import shards_worker  # noqa: E402
 import train_worker  # noqa: E402
 
-
 def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))

@@ -6,7 +6,6 @@ A short version runs with the other tests; `make test-faults` (TOKPREF_FAULTS=1)
 import contextlib
 import copy
 import errno
-import gc
 import io
 import json
 import os
@@ -45,14 +44,6 @@ KILLS = 30 if SLOW else 3
 QUICK = {"steps": 3, "eval_steps": 2, "pretrain_steps": 10, "pairs": 64, "eval_pairs": 16, "letters": 3}
 PAIRS = [{"prompt": f"say {word} ", "chosen": word + "!", "rejected": other + ", never"}
          for word in ("yes", "no") for other in ("maybe", "but", "go")]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def old_objects_are_not_looked_at_again():
-    "What was imported stays: each run collects garbage some times, and so do all of its children."
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def in_child(work, folder, kill_after=None):

@@ -1,7 +1,6 @@
 """Trains a tiny model a few steps and saves its weights; test_distributed.py runs it, alone and as two processes."""
 
 import os
-import sys
 import tempfile
 
 import torch
