@@ -16,7 +16,7 @@ import pytest
 import torch
 from datasets import Dataset, DatasetDict, concatenate_datasets, disable_progress_bars
 from datasets.exceptions import DatasetNotFoundError
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch.utils.data import DataLoader
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
@@ -249,6 +249,26 @@ def test_template_that_ends_with_another_token_gets_the_end_token(tokenizer):
     rows = [dict(prompt=say("user", "x"), chosen=say("assistant", "a"), rejected=say("assistant", "b"))]
     (row,), _ = prepare(rows, plain)
     assert plain.decode(row["chosen_ids"]) == "a\n<eos>" and row["chosen_ids"].count(plain.eos_token_id) == 1
+
+
+def test_begin_and_end_token_stand_once(tokenizer):
+    "Whether the texts have them already or not."
+    opening = deepcopy(tokenizer)
+    opening.add_special_tokens({"bos_token": "<s>"})
+    opening.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", opening.bos_token_id)])
+    rows = [dict(prompt=start + "The sky is", chosen=" blue" + end, rejected=" green" + end)
+            for start in ("", "<s>") for end in ("", "<eos>")]
+    prepared, _ = prepare(rows, opening)
+    for name in ("prompt_ids", "chosen_ids"): assert len({tuple(ids) for ids in prepared[name]}) == 1
+    row = prepared[0]
+    assert row["prompt_ids"][0] == opening.bos_token_id and row["prompt_ids"].count(opening.bos_token_id) == 1
+    assert row["chosen_ids"][-1] == opening.eos_token_id and row["chosen_ids"].count(opening.eos_token_id) == 1
+
+
+def test_a_conversation_that_goes_on_behind_the_other_keeps_a_turn_of_both():
+    turns = [dict(role="user", content="q"), dict(role="assistant", content="a"), dict(role="assistant", content="b")]
+    assert split_pair({"chosen": turns, "rejected": turns[:2]}) == (turns[:1], turns[1:], turns[1:2])
 
 
 def test_a_question_as_text_stays_beside_an_answer_of_several_messages(tokenizer):
@@ -619,6 +639,7 @@ def test_max_length_is_a_number(tokenizer):
 @pytest.mark.parametrize("side,multiple", [("right", None), ("left", None), ("right", 8), ("left", 8)])
 def test_what_the_mask_keeps_is_the_response(tokenizer, side, multiple):
     prepared, _ = prepare(some_rows(6), tokenizer, max_length=48)
+    prepared = prepared.select(range(5, -1, -1))
     batch = PreferenceCollator(tokenizer.eos_token_id, side, multiple)(list(prepared))
     responses = list(prepared["chosen_ids"]) + list(prepared["rejected_ids"])
     prompts = list(prepared["prompt_ids"]) * 2
@@ -631,7 +652,17 @@ def test_what_the_mask_keeps_is_the_response(tokenizer, side, multiple):
         )
         assert (there[0] or side == "left") and (there[-1] or side == "right")
     assert multiple is None or batch["input_ids"].shape[1] % multiple == 0
-    assert batch["row"].tolist() == list(range(6)) and "weights" not in batch and "ref_logps" not in batch
+    assert batch["row"].tolist() == [5, 4, 3, 2, 1, 0] and "weights" not in batch and "ref_logps" not in batch
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_weights_stand_at_their_tokens(tokenizer, side):
+    prepared, _ = prepare(some_rows(3), tokenizer)
+    rows = [row | {f"{part}_weights": [token + 0.5 for token in row[f"{part}_ids"]] for part in ("chosen", "rejected")}
+            for row in prepared]
+    batch = PreferenceCollator(0, side)(rows)
+    expected = torch.where(batch["completion_mask"].bool(), batch["input_ids"] + 0.5, 0.0)
+    torch.testing.assert_close(batch["weights"], expected)
 
 
 def test_loader_with_workers(tokenizer):

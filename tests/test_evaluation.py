@@ -317,6 +317,18 @@ def test_a_table_row_is_a_pair(model, reference):
     for name in table: assert_close(table[name], torch.cat([one[name] for one in alone]), rtol=1e-4, atol=1e-5)
 
 
+def test_columns_of_the_training_change_no_measured_log_ratio(model, reference):
+    "Token weights belong to the loss, and log-probabilities that were kept may be those of another reference."
+    more = [dict(row, **{f"{side}_{what}": [3.0] * len(row[f"{side}_ids"]) for side in ("chosen", "rejected")
+                         for what in ("weights", "ref_logps")}) for row in ROWS]
+    plain, given = (ev.preference_table(model, reference, rows, PreferenceCollator(0), progress=False)
+                    for rows in (ROWS, more))
+    for name in [name for name in plain if name.startswith("implicit")]: assert_close(given[name], plain[name])
+    assert_close(given["rewards/margins"], 3 * plain["rewards/margins"])
+    assert_close(plain["reverse_kl/margin"], plain["reverse_kl/chosen"] - plain["reverse_kl/rejected"])
+    assert plain["reverse_kl/margin"].abs().max() > 1e-2
+
+
 def test_a_baseline_head_is_asked_for_and_used(model, reference):
     from tokpref.losses import BaselineHead
 

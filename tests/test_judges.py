@@ -309,6 +309,23 @@ def test_a_long_prompt_is_cut_and_the_response_is_not(reward_folder):
     assert judge.scores(["a" * 500], ["yes"]) != judge.scores(["a" * 500], ["no!"])
 
 
+def test_the_label_says_which_output_is_the_score(reward_folder):
+    model = RewardJudge(reward_folder).parts[1]
+    model.score, model.config.num_labels = torch.nn.Linear(16, 3, bias=False), 3
+    model.save_pretrained(reward_folder)
+    scores = [RewardJudge(reward_folder, label=label).scores(["say yes"], ["yes"])[0] for label in (0, 1, 2)]
+    assert len(set(scores)) == 3
+
+
+def test_only_the_prompt_of_a_text_gives_way(reward_folder):
+    "Also beside a response that is longer than the prompt."
+    tokenizer, _ = RewardJudge(reward_folder).parts
+    encode = judges.reward_model._encode
+    whole, cut = (encode(tokenizer, "go on " * 5, "yes " * 9, most)["input_ids"] for most in (1000, 50))
+    response = encode(tokenizer, "", "yes " * 9, 1000)["input_ids"]
+    assert len(whole) > len(cut) == 50 and cut[-len(response):] == response
+
+
 def test_a_chat_is_cut_by_whole_turns_and_keeps_its_system_message(reward_folder):
     "Not in the middle of a turn, whose beginning and role would be lost."
     tokenizer, _ = RewardJudge(reward_folder).parts
@@ -319,6 +336,7 @@ def test_a_chat_is_cut_by_whole_turns_and_keeps_its_system_message(reward_folder
     encode = judges.reward_model._encode
     whole = encode(tokenizer, talk, "yes", 1000)["input_ids"]
     limit = len(whole) - 30
+    for most in range(limit - 20, limit): assert len(encode(tokenizer, talk, "yes", most)["input_ids"]) <= most
     cut = encode(tokenizer, talk, "yes", limit)["input_ids"]
     text = tokenizer.decode(cut).replace(" ", "")
     assert len(cut) <= limit and tokenizer.decode(whole).replace(" ", "").startswith("s:bekind!u:aska!")
@@ -382,6 +400,8 @@ def test_bootstrap_draws_rows_together():
     assert judges.bootstrap_interval(lambda a, b: float((a - b).mean()), x, x - 1, draws=50) == (1.0, 1.0)
     low, high = judges.bootstrap_interval(lambda a: float(a.mean()), x)
     assert low < x.mean() < high
+    half = 1.96 * x.std() / len(x) ** 0.5       # the normal interval at 95 %
+    assert high - low == pytest.approx(2 * half, rel=0.1)
     with pytest.raises(ValueError): judges.bootstrap_interval(max, [1.0], [1.0])
 
 

@@ -17,13 +17,13 @@ def sides(pairs=5, tokens=6, dtype=torch.float64):
     "Chosen and rejected statistics with padding, and everything that a loss can ask for."
     generator = torch.Generator().manual_seed(0)
     rand = lambda: torch.rand(pairs, tokens, generator=generator, dtype=dtype)
-    mask = torch.arange(tokens) < torch.tensor([[6], [3], [1], [5], [2]])
-    zero = lambda x: x.masked_fill(~mask, 0.0)
-    return [
-        TokenStats(zero(-2 * rand()), zero(-2 * rand()), mask, kl=zero(rand()), baseline=zero(rand()),
-                   entropy=zero(rand()), reverse_kl=zero(rand()))
-        for _ in range(2)
-    ]
+    made = []
+    for lengths in ([6, 3, 1, 5, 2], [2, 6, 4, 1, 3]):      # no pair has two of one length
+        mask = torch.arange(tokens) < torch.tensor(lengths)[:, None]
+        values = [rand().masked_fill(~mask, 0.0) for _ in range(6)]
+        made.append(TokenStats(-2 * values[0], -2 * values[1], mask, kl=values[2], baseline=values[3],
+                               entropy=values[4], reverse_kl=values[5]))
+    return made
 
 
 def sums(stats): return [stats.log_ratio.sum(-1), stats.logps.sum(-1), stats.lengths]
@@ -31,9 +31,9 @@ def sums(stats): return [stats.log_ratio.sum(-1), stats.logps.sum(-1), stats.len
 
 # As TRL 1.16 computes them (trl/trainer/dpo_trainer.py), from sums over responses
 
-def of_trl(name, chosen, rejected, beta, smoothing=0.1):
+def of_trl(name, chosen, rejected, beta, flip_rate=0.1):
     (w, _, tw), (rejected_ratio, _, tl) = sums(chosen), sums(rejected)
-    margin, log_sigma = beta * (w - rejected_ratio), torch.nn.functional.logsigmoid
+    margin, log_sigma, smoothing = beta * (w - rejected_ratio), torch.nn.functional.logsigmoid, flip_rate
     return {
         "hinge": (1 - margin).relu(),
         "robust": (-(1 - smoothing) * log_sigma(margin) + smoothing * log_sigma(-margin)) / (1 - 2 * smoothing),
@@ -46,10 +46,11 @@ def of_trl(name, chosen, rejected, beta, smoothing=0.1):
 @pytest.mark.parametrize("name", ["hinge", "robust", "apo_zero", "apo_down", "dpo_norm"])
 @pytest.mark.parametrize("beta", [0.1, 2.0])
 def test_losses_that_trl_has_too_are_the_same(name, beta):
-    assert_close(LOSSES[name](*sides(), beta=beta).losses, of_trl(name, *sides(), beta))
+    for options in ({}, {"flip_rate": 0.3}) if name == "robust" else ({},):
+        assert_close(LOSSES[name](*sides(), beta=beta, **options).losses, of_trl(name, *sides(), beta, **options))
 
 
-def plain_numbers(name, w, r, beta):
+def plain_numbers(name, w, r, beta, penalty=50.0, alpha=1.0):
     "Of one pair in Python numbers; a side is its log-ratio, log-probability, tokens and reverse KL, each a sum."
     (ratio, logp, tokens, kl), (other_ratio, other_logp, other_tokens, other_kl) = w, r
     log_sigma = lambda x: -math.log1p(math.exp(-x))
@@ -57,22 +58,30 @@ def plain_numbers(name, w, r, beta):
     mean, other_mean, point = logp / tokens, other_logp / other_tokens, beta * (kl + other_kl) / 2
     odds = lambda log_p: log_p - math.log(1 - math.exp(log_p))
     return {
-        "dpop": lambda: -log_sigma(beta * (ratio - other_ratio - 50 * max(0.0, -ratio))),
+        "dpop": lambda: -log_sigma(beta * (ratio - other_ratio - penalty * max(0.0, -ratio))),
         "kto_pairs": lambda: 2 - sigma(beta * ratio - point) - sigma(point - beta * other_ratio),
         "orpo": lambda: -mean - beta * log_sigma(odds(mean) - odds(other_mean)),
-        "cpo": lambda: -log_sigma(beta * (logp - other_logp)) - mean,
+        "cpo": lambda: -log_sigma(beta * (logp - other_logp)) - alpha * mean,
         "sft": lambda: -mean,
     }[name]()
 
 
-@pytest.mark.parametrize("name", ["dpop", "kto_pairs", "orpo", "cpo", "sft"])
+@pytest.mark.parametrize("name, more", [("dpop", {}), ("dpop", {"penalty": 3.0}), ("kto_pairs", {}), ("orpo", {}),
+                                        ("cpo", {}), ("cpo", {"alpha": 0.3}), ("sft", {})])
 @pytest.mark.parametrize("beta", [0.1, 2.0])
-def test_other_losses_in_plain_numbers(name, beta):
+def test_other_losses_in_plain_numbers(name, more, beta):
     chosen, rejected = sides()
     numbers = [torch.stack([*sums(side), side.reverse_kl.sum(-1)], 1).tolist() for side in (chosen, rejected)]
-    wanted = [plain_numbers(name, w, r, beta) for w, r in zip(*numbers, strict=True)]
+    wanted = [plain_numbers(name, w, r, beta, **more) for w, r in zip(*numbers, strict=True)]
     options = {"beta": beta} if "beta" in LOSSES[name].options else {}
-    assert_close(LOSSES[name](chosen, rejected, **options).losses, torch.tensor(wanted, dtype=torch.float64))
+    assert_close(LOSSES[name](chosen, rejected, **options, **more).losses, torch.tensor(wanted, dtype=torch.float64))
+
+
+def test_what_a_pair_is_measured_against_takes_no_gradient():
+    chosen, rejected = sides()
+    for side in (chosen, rejected): side.logps.requires_grad_(), side.reverse_kl.requires_grad_()
+    LOSSES["kto_pairs"](chosen, rejected).losses.sum().backward()
+    assert chosen.logps.grad.any() and chosen.reverse_kl.grad is None and rejected.reverse_kl.grad is None
 
 
 @pytest.mark.parametrize("name", [*MORE_LOSSES, "dpo+0.1*sft", "tdpo1+0.5*kto_pairs"])

@@ -3,10 +3,13 @@
 Each fault is one change of text in one module: a sign, a side, a lost stop-gradient, an average over the wrong thing.
 The package is copied, the fault is put into the copy, and a forked process runs the fast tests of that room on it,
 those first that should notice. Caught is a fault whose tests fail. `--only WORD` takes the faults whose module or text
-has the word in it.
+has the word in it; `--record` keeps the outcome of the whole list, with its date, in results/mutations.json.
 """
 import argparse
+import datetime
+import json
 import os
+import shlex
 import shutil
 import sys
 import tempfile
@@ -70,6 +73,21 @@ LOSSES = [
     Fault("losses/more.py", "torch.sigmoid(beta * point - chosen_rewards)", "torch.sigmoid(point - chosen_rewards)"),
     Fault("losses/more.py", "return PairLoss(-won + beta * odds,", "return PairLoss(-won - beta * odds,"),
     Fault("losses/sums.py", "weight * results[name].losses", "results[name].losses"),
+    Fault("losses/sums.py", "first = results[terms[0][0]]", "first = results[terms[-1][0]]",
+          "tests/test_more_losses.py -k sum_adds"),
+    Fault("losses/sums.py", "return shared | own", "return own | shared", "tests/test_more_losses.py -k sum_adds"),
+    Fault("losses/more.py", "+ alpha * supervised", "+ supervised", "tests/test_more_losses.py -k plain_numbers"),
+    Fault("losses/more.py", ".sum(-1).detach() for side in (chosen, rejected)]",
+          ".sum(-1) for side in (chosen, rejected)]", "tests/test_more_losses.py -k measured_against"),
+    Fault("losses/more.py", "point = (totals[0] + totals[1]) / 2",
+          "point = ((totals[0] + totals[1]) / 2).mean().expand(len(totals[0]))",
+          "tests/test_losses.py -k layout_of_a_batch"),
+    Fault("losses/more.py", "rejected_rewards = rejected_rewards / nonempty_lengths(rejected)",
+          "rejected_rewards = rejected_rewards / nonempty_lengths(chosen)",
+          "tests/test_more_losses.py -k trl_has_too"),
+    Fault("losses/tbpo.py", "self.layers(hidden.detach().to(dtype))", "self.layers(hidden.to(dtype))",
+          "tests/test_losses.py -k baseline_head"),
+    Fault("losses/bregman.py", "min(30.0, 80.0 / max(1 + lam, -lam))", "30.0", "tests/test_losses.py -k clamp_stops"),
 ]
 ENGINE = [
     Fault("engine/forward.py", "before = batch[\"attention_mask\"].bool()",
@@ -145,6 +163,31 @@ DATA = [
     Fault("data/formats.py", "== rejected[:start]: return prompt, chosen[start:], rejected[start:]",
           "== rejected[:start]: return prompt, rejected[start:], chosen[start:]",
           "tests/test_data.py -k both_conversations_repeat"),
+    Fault("data/collate.py", "[[0.0] * len(p) + w for p, w in", "[w + [0.0] * len(p) for p, w in",
+          "tests/test_data.py -k weights_stand"),
+    Fault("data/collate.py", "    for side in SIDES:\n        for row in rows:\n            values",
+          "    for row in rows:\n        for side in SIDES:\n            values",
+          "tests/test_data.py -k ref_logps_are"),
+    Fault("data/collate.py", "self.pad([[1] * len(prompt + response) for prompt, response in pairs], 0)",
+          "self.pad([[1] * len(prompt + response) for prompt, response in pairs], 1)",
+          "tests/test_data.py -k mask_keeps"),
+    Fault("data/collate.py", "torch.tensor([row.get(\"row\", place) for place, row in enumerate(rows)])",
+          "torch.arange(len(rows))", "tests/test_data.py -k mask_keeps"),
+    Fault("data/tokens.py", "return keep + ids[len(ids) - limit + len(keep):]", "return ids[:limit]",
+          "tests/test_data.py -k truncation_invariants"),
+    Fault("data/tokens.py", "return prompt, max_length - len(prompt)", "return prompt, max_length - len(prompt) + 1",
+          "tests/test_data.py -k truncation_invariants"),
+    Fault("data/tokens.py", "part if part[:1] == begin else begin + part", "begin + part",
+          "tests/test_data.py -k stand_once"),
+    Fault("data/tokens.py", "last = len(ids) - 1 - ids[::-1].index(eos)", "last = ids.index(eos)",
+          "tests/test_data.py -k several_messages"),
+    Fault("data/prepare.py", "**{name: cut_response(values, room) for name, values in weights.items()}",
+          "**{name: values[:room] for name, values in weights.items()}", "tests/test_data.py -k weights_follow"),
+    Fault("data/prepare.py", "kept = (full if len(good) == len(full) else full.select(good))",
+          "kept = (full if len(good) == len(full) else full.select(range(len(good))))",
+          "tests/test_data.py -k only_bad_rows"),
+    Fault("data/formats.py", "return max(0, min(same, shortest - 1))", "return same",
+          "tests/test_data.py -k goes_on_behind"),
 ]
 EVALUATION = [
     Fault("evaluation/judging.py", "scores, first = (there + 1 - back) / 2, (there + back) / 2",
@@ -167,6 +210,22 @@ EVALUATION = [
     Fault("metrics.py", "(result.margins > 0).float()", "(result.margins >= 0).float()"),
     Fault("metrics.py", "total / (chosen.lengths + rejected.lengths)", "total / chosen.lengths",
           "tests/test_evaluation.py -k mean_over_the_tokens"),
+    Fault("evaluation/judging.py", "(there + back) / 2\n", "(there + 1 - back) / 2\n",
+          "tests/test_evaluation.py -k judge"),
+    Fault("evaluation/judging.py", "clustered_estimate(scores[read], shared)",
+          "clustered_estimate(scores[read], range(len(shared)))", "tests/test_evaluation.py -k clustered"),
+    Fault("evaluation/pairs.py", "[(side.logps - side.need(\"ref_logps\")).masked_fill(~side.mask, 0.0) for",
+          "[side.log_ratio for", "tests/test_evaluation.py -k columns_of_the_training"),
+    Fault("evaluation/pairs.py", "\"reverse_kl/margin\": won - lost", "\"reverse_kl/margin\": lost - won",
+          "tests/test_evaluation.py -k columns_of_the_training"),
+    Fault("evaluation/pairs.py", "for name, value in batch.items() if name != \"ref_logps\"}",
+          "for name, value in batch.items()}", "tests/test_evaluation.py -k columns_of_the_training"),
+    Fault("evaluation/divergence.py", "response_stats(model, ref_model, batch,",
+          "response_stats(ref_model or model, model, batch,", "tests/test_evaluation.py -k exact_kl"),
+    Fault("evaluation/sampling.py", "[[0] * (longest - len(row)) + [1] * len(row) for row", "[[1] * longest for row",
+          "tests/test_evaluation.py -k left_padding"),
+    Fault("metrics.py", "self.counts.get(name, 0) + len(value)", "self.counts.get(name, 0) + 1",
+          "tests/test_evaluation.py -k trainers_evaluation"),
 ]
 TRAINER = [
     Fault("training/trainer.py", "weight = batches / int(num_items_in_batch)", "weight = 1 / batch_pairs",
@@ -203,14 +262,43 @@ HARNESS = [
     Fault("experiments/compare/run.py", "shared.seed, code])", "shared.seed])",
           "tests/test_experiments.py -k edited_loss"),
 ]
+JUDGES = [
+    Fault("experiments/judges/verdicts.py", "_PARTS = (\"judge\", \"prompt\", \"first\", \"second\")",
+          "_PARTS = (\"judge\", \"prompt\", \"second\", \"first\")", "tests/test_judges.py -k asked_once"),
+    Fault("experiments/judges/verdicts.py", "digest(self.name, *question), question)",
+          "digest(self.name, *sorted(question)), question)", "tests/test_judges.py -k asked_once"),
+    Fault("experiments/judges/endpoint.py", "{\"A\": 1.0, \"B\": 0.0, \"T\": 0.5}",
+          "{\"A\": 0.0, \"B\": 1.0, \"T\": 0.5}", "tests/test_judges.py -k replies"),
+    Fault("experiments/judges/endpoint.py", "letters != {last[1]} or ", "", "tests/test_hostile.py -k no_verdict"),
+    Fault("experiments/judges/endpoint.py", "first=first.strip(), second=second.strip()",
+          "first=second.strip(), second=first.strip()", "tests/test_judges.py -k both_orders"),
+    Fault("experiments/judges/endpoint.py", "pace.rest(trouble.asked)        # everybody", "pass",
+          "tests/test_faults.py -k stumbles"),
+    Fault("experiments/judges/endpoint.py", "add_unredirected_header", "add_header",
+          "tests/test_hostile.py -k another_server"),
+    Fault("experiments/judges/reward_model.py", "score[x, a] - score[x, b] for", "score[x, b] - score[x, a] for",
+          "tests/test_judges.py -k bradley"),
+    Fault("experiments/judges/reward_model.py", "for i, score in zip(rows, outputs.tolist(), strict=True)",
+          "for i, score in zip(sorted(rows), outputs.tolist(), strict=True)", "tests/test_judges.py -k bradley"),
+    Fault("experiments/judges/reward_model.py", "[:, self.label or 0]", "[:, 0]", "tests/test_judges.py -k label_says"),
+    Fault("experiments/judges/reward_model.py", "truncation=\"only_first\"", "truncation=\"longest_first\"",
+          "tests/test_judges.py -k only_the_prompt"),
+    Fault("experiments/judges/reward_model.py", "room = limit - len(answer_ids)", "room = limit",
+          "tests/test_judges.py -k chat_is_cut"),
+    Fault("experiments/judges/comparisons.py", "policies * z**2", "z**2", "tests/test_judges.py -k comparisons"),
+    Fault("experiments/judges/comparisons.py", "[(1 - level) / 2, (1 + level) / 2]", "[1 - level, level]",
+          "tests/test_judges.py -k bootstrap"),
+]
 TESTS = {
-    "losses": (LOSSES, ["tests/test_losses.py", "tests/test_more_losses.py"]),
+    "losses": (LOSSES, ["tests/test_more_losses.py", "tests/test_losses.py"]),
     "engine": (ENGINE, ["tests/test_fuzz.py", "tests/test_engine.py", "tests/test_trainer.py"]),
     "data": (DATA, ["tests/test_data.py"]),
     "evaluation": (EVALUATION, ["tests/test_evaluation.py", "tests/test_trainer.py"]),
     "trainer": (TRAINER, ["tests/test_trainer.py"]),
     "harness": (HARNESS, ["tests/test_experiments.py", "tests/test_experiments_sentiment.py"]),
+    "judges": (JUDGES, ["tests/test_judges.py", "tests/test_hostile.py"]),
 }
+RECORD = ROOT / "results" / "mutations.json"
 
 
 def text_of(fault: Fault) -> str:
@@ -265,27 +353,40 @@ def run_tests(folder: Path, tests: list[str], log: Path) -> bool:
     finally: os._exit(int(code))
 
 
+def write_record(rooms: dict[str, list[int]], survivors: list[Fault]) -> None:
+    "Keep what the whole list came to: [caught, tried] of each room and of all, and what was not caught."
+    whole = [sum(numbers) for numbers in zip(*rooms.values(), strict=True)]
+    record = {"date": datetime.date.today().isoformat(), "caught": whole[0], "tried": whole[1], "rooms": rooms,
+              "survived": [f"{fault.module}: {fault.right.strip()} -> {fault.wrong.strip()}" for fault in survivors]}
+    RECORD.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    print(f"kept in results/{RECORD.name}")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="Put faults into the package and see whether the tests notice.")
     parser.add_argument("--rooms", nargs="+", choices=TESTS, default=list(TESTS), help="which faults (default: all)")
     parser.add_argument("--only", default="", help="only faults with this word in their module or text")
+    parser.add_argument("--record", action="store_true", help=f"keep the outcome in results/{RECORD.name}")
     parser.add_argument("--check", action="store_true", help="only look whether every fault can be put in")
     args = parser.parse_args()
     os.chdir(ROOT)
     gone = [said for room in TESTS for fault in TESTS[room][0] if (said := why_not(fault))]
     if gone: sys.exit("\n".join(gone))
     if args.check: return 0
+    if args.record and (args.only or args.rooms != list(TESTS)):
+        parser.error("--record keeps the outcome of the whole list: leave out --rooms and --only")
     preload()
-    survivors, tried = [], 0
+    survivors, tried, rooms = [], 0, {}
     for room in args.rooms:
         faults, tests = TESTS[room]
+        before = tried, len(survivors)
         for fault in faults:
             if args.only not in fault.module + fault.right + fault.wrong: continue
             start = time.monotonic()
             with tempfile.TemporaryDirectory() as name:
                 folder = Path(name)
                 with_fault(fault, folder)
-                likely = [fault.first.split()] if fault.first else []
+                likely = [shlex.split(fault.first)] if fault.first else []
                 caught = any(run_tests(folder, some, folder / "log.txt") for some in [*likely, tests])
                 last = (folder / "log.txt").read_text(errors="replace").strip().splitlines()[-1:]
             tried += 1
@@ -293,8 +394,10 @@ def main() -> int:
             said = "caught" if caught else "SURVIVED"
             what = f"{fault.module}: {fault.wrong.strip()[:60]}"
             print(f"{said:9s} {time.monotonic() - start:5.0f} s  {what}  {' '.join(last)[:60]}", flush=True)
+        rooms[room] = [tried - before[0] - len(survivors) + before[1], tried - before[0]]
     print(f"{tried - len(survivors)} of {tried} caught")
     for fault in survivors: print(f"  survived: {fault.module}: {fault.right.strip()} -> {fault.wrong.strip()}")
+    if args.record: write_record(rooms, survivors)
     return 0 if 10 * len(survivors) <= tried else 1
 
 
