@@ -527,6 +527,16 @@ def test_attention_is_given_back_after_an_error():
     assert model.config._attn_implementation == "sdpa"
 
 
+def test_a_model_that_gets_another_configuration_attends_by_it():
+    "Configurations are looked for once a model; another one is noticed."
+    model, packed = make("Llama"), pack_pairs(shared_batch(), layout="segments")
+    for config in (model.config, copy.deepcopy(model.config)):
+        for module in model.modules():
+            if hasattr(module, "config"): module.config = config
+        with packed_attention(packed, model): assert config._attn_implementation == "tokpref_packed"
+        assert config._attn_implementation == "sdpa"
+
+
 def test_packed_inputs_are_of_no_use_to_another_attention():
     model, packed = make("Llama"), pack_pairs(shared_batch(), layout="segments")
     with pytest.raises(RuntimeError): model(**packed_inputs(packed, model))

@@ -10,6 +10,7 @@ __all__ = ['models_root', 'local_model', 'load_tokenizer', 'load_model', 'loadin
 # %% ../nbs/library/01_models.ipynb #451b2397
 import contextlib
 import copy
+import functools
 import importlib.util
 import os
 from collections.abc import Callable, Iterator
@@ -220,10 +221,15 @@ def add_adapter(model: nn.Module, config: "PeftConfig") -> "PeftModel":
 _WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "DeepSpeedEngine")
 
 
+@functools.cache
+def _is_wrapper(kind: type) -> bool:
+    return any(part.__name__ in _WRAPPERS for part in kind.__mro__)
+
+
 def unwrapped(model: nn.Module) -> Any:
     "The model without the wrappers of several processes; an adapter stays on, and a compiled model stays compiled."
     inner: Any = model
-    while any(kind.__name__ in _WRAPPERS for kind in type(inner).__mro__): inner = inner.module
+    while _is_wrapper(type(inner)): inner = inner.module
     return inner
 
 

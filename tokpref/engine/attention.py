@@ -9,6 +9,7 @@ __all__ = ['Bounds', 'PACKED_ATTENTION', 'takes_flex', 'attention_windows', 'fle
 # %% ../../nbs/library/engine/07_attention.ipynb #6ffe4e3a
 import contextlib
 import itertools
+import weakref
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, cast
@@ -296,9 +297,15 @@ def checkpoints(model: nn.Module) -> bool:
                for module in base_model(model).modules())
 
 
+_known_configs: "weakref.WeakKeyDictionary[nn.Module, list]" = weakref.WeakKeyDictionary()
+
+
 def _configs(model: nn.Module) -> list:
-    "The configurations that the model's modules read their attention from, each once."
-    return list({id(m.config): m.config for m in base_model(model).modules() if hasattr(m, "config")}.values())
+    "The configurations that the model's modules read their attention from, each once; looked for once."
+    base = base_model(model)
+    if not any(config is base.config for config in _known_configs.get(base, ())):
+        _known_configs[base] = list({id(m.config): m.config for m in base.modules() if hasattr(m, "config")}.values())
+    return _known_configs[base]
 
 
 @contextlib.contextmanager
