@@ -13,6 +13,7 @@ import subprocess
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -688,6 +689,8 @@ def test_a_sweep_is_a_list_of_labels_and_tuning_reaches_them():
     )
     runs = resolve_losses(["tdpo2", "sweep"], config)
     assert list(runs) == ["tdpo2", "dpo:beta=0.3", "dpo:beta=1", "bpo:generator=kliep"]
+    tuned = replace(config, tuning={"dpo": {"beta": 0.7, "learning_rate": 5e-4}})
+    assert resolve_losses(["dpo:beta=0.3", "dpo"], tuned)["dpo:beta=0.3"].beta == 0.3, "a label goes before tuning"
     assert runs["dpo:beta=0.3"] == LossRun("dpo", {}, 0.3, 5e-4) and runs["bpo:generator=kliep"].options == {
         "generator": "kliep"
     }
@@ -785,6 +788,32 @@ def test_held_out_numbers_are_those_of_the_evaluation_page(tmp_path):
         assert ours[mine] == pytest.approx(theirs[name], rel=1e-4)
 
 
+def test_measuring_leaves_the_training_as_it_was():
+    "Random numbers, the model's mode, and all else: a run that is watched is the run that is not."
+    def evaluate(model):
+        assert not model.training and torch.rand(3).shape == (3,)
+        return {"reward": 1.0, "kl": 0.0}
+    follow, model, state = train.PathCallback(evaluate, 2, {}), torch.nn.Linear(2, 2), SimpleNamespace(global_step=0)
+    before = torch.get_rng_state()
+    for state.global_step in (1, 2, 3): follow.on_step_end(None, state, None, model=model)
+    follow.on_train_end(None, state, None, model=model)
+    assert torch.equal(torch.get_rng_state(), before) and model.training
+    assert [point["step"] for point in follow.history] == [0, 2, 3]
+
+
+def test_a_run_has_its_seed_and_leaves_the_start_to_the_others(tmp_path):
+    config = replace(find_task("toy").configure("smoke")[1], **{**QUICK, "steps": 2, "pretrain_steps": 1, "pairs": 16})
+    shared = train.SharedStart(find_task("toy"), config, tmp_path, 0, False)
+    before = {name: weight.clone() for name, weight in shared.problem.policy.state_dict().items()}
+    run = LossRun("dpo", {}, 0.1, 1e-2)
+    assert train.run_arguments(config, run, 7, tmp_path, {}).seed == 7
+    path = train.PathCallback(lambda model: {"reward": 0.0, "kl": 0.0}, 1, {})
+    trained, _ = train.train_with_loss(shared.problem, shared.reference, config, run, 0, tmp_path, path)
+    after = shared.problem.policy.state_dict()
+    for name, weight in before.items(): torch.testing.assert_close(after[name], weight, rtol=0, atol=0)
+    assert any(not torch.equal(weight, before[name]) for name, weight in trained.state_dict().items())
+
+
 def test_policy_and_reference_are_measured_in_the_arithmetic_of_the_training(tmp_path):
     "A trained model computes under autocast unasked; next to a reference that does not, a KL would be rounding."
     config = replace(find_task("toy").configure("smoke")[1], **QUICK)
@@ -839,6 +868,18 @@ def test_the_interval_of_many_seeds_is_students(tmp_path):
     assert gain == 5 and width == pytest.approx(
         2.228 * 1.0, rel=2e-3
     )  # a standard error of 1: the variance of 0..10 is 11
+    three = {"runs": [run for run in runs if run["seed"] < 3]}      # Student's number for two degrees of freedom
+    assert table.paired_difference(three, "tdpo2", "dpo", 1.0) == pytest.approx((1, 4.303 / 3**0.5), rel=1e-3)
+
+
+def test_a_share_of_the_optimum_counts_the_gain_from_the_start():
+    "Half of what can be gained at a KL of 0.5, where the best is half-way between its points."
+    run = {"label": "dpo", "seed": 0, "seconds": 1.0, "peak_mb": None, "history": []}
+    record = {"start": {"reward": -2.0, "kl": 0.0}, "optimum": [[1.0, 2.0]],
+              "runs": [{**run, "metrics": {"reward": -1.0, "kl": 0.5}}]}
+    (line,) = summarise(record)
+    assert line["share"] == pytest.approx(0.5)
+    assert summarise({**record, "optimum": [[0.1, 2.0]]})[0]["share"] is None, "it is known to no such KL"
 
 
 def test_policy_gradient_raises_the_exact_reward(tmp_path):

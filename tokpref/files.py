@@ -58,7 +58,8 @@ def telling(path: str | os.PathLike) -> Iterator[None]:
     except Exception as error:
         reason = why_not_written(error)
         at_fault = getattr(error, "filename", None)
-        if not reason or (at_fault and path.parent not in (Path(at_fault), *Path(at_fault).parents)): raise
+        inside = not at_fault or path.parent in (Path(at_fault), *Path(at_fault).parents)
+        if not reason or not (inside or Path(at_fault) in path.parents): raise
         raise OSError(f"{path} could not be written, {reason}: mend that or choose another folder, and run it again; "
                       "what was finished before is kept") from error
 
@@ -184,14 +185,16 @@ def _read_seal(folder: Path) -> dict[str, Any] | None:
 
 def damage(folder: str | os.PathLike) -> str:
     "What is wrong with the files of a folder since `seal`, in a few words; empty if nothing, or if it was not sealed."
-    folder = Path(folder)
-    if not (folder / SEAL).exists(): return ""
-    sums = _read_seal(folder)
-    if sums is None: return f"{SEAL} does not read"
-    for name, entry in sums.items():
-        path = folder / name
-        if not path.is_file(): return f"{name} is gone"
-        if [path.stat().st_size, sha256_of(path)] != entry: return f"{name} was changed"
+    name, folder = SEAL, Path(folder)
+    try:
+        if not (folder / SEAL).exists(): return ""
+        sums = _read_seal(folder)
+        if sums is None: return f"{SEAL} does not read"
+        for name, entry in sums.items():
+            path = folder / name
+            if not path.is_file(): return f"{name} is gone"
+            if [path.stat().st_size, sha256_of(path)] != entry: return f"{name} was changed"
+    except OSError as error: return f"{name} does not read ({error.strerror or type(error).__name__})"
     return ""
 
 # %% ../nbs/library/05_files.ipynb #73dc7191

@@ -204,6 +204,8 @@ def _import(what: str) -> None:
 
 def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
+    if isinstance(error, OSError) and error.filename and error.strerror:        # as the system says it
+        lines = [f"{error.filename}: {error.strerror}: mend that, or name another file or folder"]
     if not lines: return "no message, try --debug"
     return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in lines[0])     # a terminal obeys nothing
 

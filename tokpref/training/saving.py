@@ -97,7 +97,11 @@ class SavingPart(RunPart):
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
         if self.args.should_save: shutil.rmtree(folder, ignore_errors=True)     # that of another run, or half of one
         self.accelerator.wait_for_everyone()
-        with telling(folder): super()._save_checkpoint(model, trial)
+        try:
+            with telling(folder): super()._save_checkpoint(model, trial)
+        except OSError:     # what is half there would only fill the disk
+            if self.args.should_save: shutil.rmtree(folder, ignore_errors=True)
+            raise
         self.accelerator.wait_for_everyone()
         if self.args.should_save and folder.is_dir(): seal(folder)
 

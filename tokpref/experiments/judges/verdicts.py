@@ -75,12 +75,16 @@ class _Record:
         return FileLock(f"{self.path}.lock") if self._shared and os.access(self.path.parent, os.W_OK) else nullcontext()
 
     def read(self) -> None:
-        "Take in the lines that this or another process wrote since the last reading."
-        if not self.path.exists(): return
-        with self._lock(), self.path.open("rb") as file:
-            file.seek(self._read_to)
-            lines = [line for line in file.read().split(b"\n") if line]
-            self._read_to = file.tell()
+        "Take in the lines that this or another process wrote since the last reading; `OSError` where that can't be."
+        try:
+            if not self.path.exists(): return
+            with self._lock(), self.path.open("rb") as file:
+                file.seek(self._read_to)
+                lines = [line for line in file.read().split(b"\n") if line]
+                self._read_to = file.tell()
+        except OSError as error:
+            raise OSError(f"{self.path} or its lock can't be read ({error.strerror}): "
+                          "mend that, or name another file for the verdicts") from error
         entries = [entry for line in lines if (entry := read_line(line))]
         self.verdicts |= {digest(*(entry[part] for part in _PARTS)): entry["verdict"] for entry in entries}
         if broken := len(lines) - len(entries):
@@ -88,19 +92,20 @@ class _Record:
 
     def add(self, entries: list[dict]) -> None:
         "Append whole lines, on the disk at once; a line that a crash cut off is ended first. Errors as `whole_file`."
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         text = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries).encode()
-        with telling(self.path), self._lock(), self.path.open("ab+", buffering=0) as file:
-            end = file.seek(0, os.SEEK_END)
-            if end:
-                file.seek(-1, os.SEEK_END)
-                if file.read(1) != b"\n": text = b"\n" + text
-            try:
-                while text: text = text[file.write(text):]
-                os.fsync(file.fileno())
-            except OSError:     # such as a full disk: what stood there stays, and nothing half
-                file.truncate(end)
-                raise
+        with telling(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self._lock(), self.path.open("ab+", buffering=0) as file:
+                end = file.seek(0, os.SEEK_END)
+                if end:
+                    file.seek(-1, os.SEEK_END)
+                    if file.read(1) != b"\n": text = b"\n" + text
+                try:
+                    while text: text = text[file.write(text):]
+                    os.fsync(file.fileno())
+                except OSError:     # such as a full disk: what stood there stays, and nothing half
+                    file.truncate(end)
+                    raise
 
 
 # %% ../../../nbs/experiments/judges/00_verdicts.ipynb #3b5c1092
