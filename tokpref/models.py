@@ -67,7 +67,7 @@ def _loaded(load: Callable, name: str, **options):
         what = " ".join(line.strip() for line in lines[:1 + lines[0].endswith(":")])
         raise FileNotFoundError(f"cannot load {shortened(name)} ({what}): {_MEND}") from error
 
-
+# %% ../nbs/library/01_models.ipynb #cba67705
 def _called(model: PreTrainedModel, name: str) -> None:
     "Let the model be known by `name`, not by the folder it was found in: adapters and model cards repeat what it says."
     model.name_or_path = name
@@ -82,7 +82,7 @@ def _has_tokenizer(name: str) -> bool:
     try: return cached_file(local_model(name), "tokenizer_config.json") is not None
     except OSError: return False
 
-
+# %% ../nbs/library/01_models.ipynb #f5710a8f
 def _adapter_config(name: str) -> "PeftConfig":
     "The configuration of an adapter, which names its base model."
     from peft import PeftConfig
@@ -98,7 +98,7 @@ def _adapter_config(name: str) -> "PeftConfig":
                              "trained on in its adapter_config.json")
     return _loaded(PeftConfig.from_pretrained, name)
 
-
+# %% ../nbs/library/01_models.ipynb #fa93808d
 def load_tokenizer(name: str, **options):
     """The tokenizer of a model on the hub or in a folder; it pads with its end token if it has no padding of its own.
 
@@ -137,7 +137,7 @@ def _with_adapter(name: str, dtype: torch.dtype, trainable: bool, options: dict)
     _make_room(model, name)
     return PeftModel.from_pretrained(model, local_model(name), is_trainable=trainable)
 
-
+# %% ../nbs/library/01_models.ipynb #21f942fe
 def load_model(
     name: str,                              # id on the hub, or folder, of a whole model or an adapter
     dtype: torch.dtype = torch.float32,     # of the weights; weights that are trained belong in float32

@@ -77,7 +77,7 @@ def _instructed(prompt: list[dict], chosen: Any, rejected: Any) -> tuple[list, l
     head = [] if prompt[:lead] == chosen[:lead] else chosen[:lead]
     return head + prompt, chosen[lead:], rejected[lead:]
 
-
+# %% ../../nbs/library/data/00_formats.ipynb #6e284b79
 def split_pair(
     row: dict[str, Any],        # with `chosen`, `rejected`, and perhaps `prompt`; text or lists of {role, content}
 ) -> tuple[Any, Any, Any]:      # prompt, chosen, rejected: all text, or all lists of messages

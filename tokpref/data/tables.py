@@ -50,7 +50,7 @@ def table_options(path: Path) -> dict:
     features = datasets.Features(dict.fromkeys(columns, datasets.Value("string")))
     return dict(sep=mark, features=features, keep_default_na=False, encoding="utf-8-sig")
 
-
+# %% ../../nbs/library/data/07_tables.ipynb #caacab37
 def check_json(path: Path) -> None:
     "Raise `ValueError` for a line of JSON that is `null`: a reader of tables, in C++, would crash on it."
     with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as file:

@@ -67,7 +67,7 @@ def head_obstacle(model: nn.Module) -> str | None:
         return "its forward pass takes no logits_to_keep"
     return None
 
-
+# %% ../../nbs/library/engine/00_head.ipynb #c04317f7
 def _is_linear(module: Any) -> bool:
     "Whether a module is `nn.Linear` itself, or the class that FSDP2 makes of it."
     if type(module) is nn.Linear or not torch.distributed.is_available(): return type(module) is nn.Linear
@@ -91,7 +91,7 @@ def _sharded_by_fsdp(model: nn.Module, module: Any) -> bool:
     owners = unwrapped(model), base_model(model), module       # with an adapter, FSDP2 wraps what holds the base
     return any(isinstance(owner, FSDPModule) for owner in owners) and sum(divided) == 1 and divided[-1]
 
-
+# %% ../../nbs/library/engine/00_head.ipynb #78031b65
 def split_head(model: nn.Module) -> Head | None:
     "The output head of a causal language model as a `Head`, or None where `head_obstacle` says why not."
     if head_obstacle(model) is not None: return None

@@ -42,7 +42,7 @@ class Wants(NamedTuple):
         "Whether the logits of policy and reference are needed at the same time."
         return self.kl or self.reverse_kl
 
-
+# %% ../../nbs/library/engine/02_in_place.ipynb #1db4c050
 def _normalise(z: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     "Logits to probabilities in place; (target's log-prob, largest logit, log of largest probability): @eq-normaliser."
     top, picked = z.amax(-1), z.gather(-1, targets[:, None])[:, 0]

@@ -110,7 +110,7 @@ def _precision(model: nn.Module) -> str:
     dtype = autocast_dtype(next(model.parameters()).device.type)
     return "" if dtype is None else str(dtype).removeprefix("torch.")
 
-
+# %% ../../nbs/library/engine/11_reference.ipynb #abeb0678
 def _read(path: Path, dataset: Dataset, about: dict[str, str]) -> Dataset | None:
     "The rows with the numbers of a file; None, with a word, for one that is damaged or of other rows."
     try:

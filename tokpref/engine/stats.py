@@ -37,7 +37,7 @@ def _measure(model: nn.Module, ref_model: nn.Module | None, batch: dict, matrix:
     if baseline is not None: values["baseline"] = baseline(policy.hidden.detach())
     return grid.stats(values)
 
-
+# %% ../../nbs/library/engine/05_stats.ipynb #a31883f3
 def response_stats(
     model: nn.Module,                       # the policy, any causal LM of transformers, PEFT and DDP wrappers included
     ref_model: nn.Module | None,            # the reference; None: adapter off, or batch["ref_logps"], or no reference

@@ -205,7 +205,7 @@ class _Problem:
     def descend(self, steps: int) -> Tensor:
         return _descend(self.loss, torch.zeros_like(self.start), steps)
 
-
+# %% ../../nbs/library/exact/02_population.ipynb #3185c663
 def fit(
     tree: TokenTree,
     spec: LossSpec,                     # an entry of LOSSES

@@ -158,7 +158,7 @@ def cpo_loss(
     supervised = -_mean_logps(chosen)
     return PairLoss(-F.logsigmoid(won - lost) + alpha * supervised, won, lost, {"loss/sft": supervised})
 
-
+# %% ../../nbs/library/losses/03_more.ipynb #47241081
 def _log_odds(mean_logps: Tensor) -> Tensor:
     "log p/(1 − p) for log p [B] ≤ 0, with p kept below 1."
     below = mean_logps.clamp(max=-torch.finfo(mean_logps.dtype).eps)

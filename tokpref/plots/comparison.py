@@ -110,7 +110,7 @@ def _free_corner(ax: Axes, points: list[dict]) -> tuple[float, float]:
         ax.set_ylim(*((y0 - room, y1) if best[1] < 0.5 else (y0, y1 + room)))
     return best
 
-
+# %% ../../nbs/library/plots/01_comparison.ipynb #e10472c5
 def _draw_frontier(ax: Axes, points: list[dict], optimum: Sequence[tuple[float, float]] | None) -> None:
     "Paths of (kl, reward) by loss below the optimum; where that is far above them, it is in an inset."
     right = 1.08 * max(point["kl"] for point in points)

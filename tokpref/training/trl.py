@@ -94,7 +94,7 @@ def dictionary(name: str, value: dict | str | None) -> dict | None:
     if value is None or isinstance(value, dict): return value
     raise ValueError(f'{name} takes a dictionary, or one as JSON such as {{"a": 1}}; got {value!r}')
 
-
+# %% ../../nbs/library/training/04_trl.ipynb #f06887a8
 def _put(settings: dict, name: str, ours: str, value: Any) -> None:
     if ours in settings: raise ValueError(f"{name} and {ours}={settings[ours]!r} set the same thing: leave one out")
     settings[ours] = value

@@ -74,7 +74,7 @@ def comparison_figure(
         points[-1] |= {metric: mean_of(last), f"{metric}_se": (spread_of(last) or 0.0) / len(last) ** 0.5}
     return _two_panels(record, runs, points, metric, _LABELS.get(metric, metric))
 
-
+# %% ../../../nbs/experiments/compare/12_figures.ipynb #4a23b928
 def equal_kl_figure(
     record: dict,                               # what `compare` returns
     kl: float,                                  # nats; where the paths are compared
@@ -97,7 +97,7 @@ def equal_kl_figure(
     value = record.get("value", "reward")
     return _two_panels(record, runs, points, "gain", f"{value} minus {against}'s at KL {kl:g}, 95 % interval")
 
-
+# %% ../../../nbs/experiments/compare/12_figures.ipynb #c6da1845
 def _two_panels(record: dict, runs: Mapping[str, list[dict]], points: list[dict], metric: str, what: str) -> Any:
     "The paths with their bands, and the bars of a metric that stands in the last points."
     from tokpref.plots import compare_figure  # here, so that a comparison runs where matplotlib is not installed

@@ -91,7 +91,7 @@ def weights_digest(
         if commit: return commit[:8]
     return ""
 
-
+# %% ../../../nbs/experiments/compare/03_record.ipynb #6fb8336b
 def files_digest(
     name: str,      # of a dataset, or a file or folder
 ) -> str:           # "" for one that is not on this machine

@@ -68,7 +68,7 @@ def _accuracy(name: str, right: Tensor, clusters: list) -> dict[str, float]:
     se = {f"{name}_se": clustered_estimate(right, clusters).se} if len(right) > 1 else {}
     return {name: float(right.mean()), **se}
 
-
+# %% ../../../nbs/experiments/pretrained/02_measure.ipynb #763dab1d
 def _prompts_of(pairs: Dataset) -> list[str]:
     "The prompt of each pair, as text that can be compared: of prepared pairs its ids, otherwise what is written."
     return [json.dumps(prompt) for prompt in pairs["prompt_ids" if "prompt_ids" in pairs.column_names else "prompt"]]

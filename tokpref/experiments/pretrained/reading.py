@@ -70,7 +70,7 @@ ENDINGS = (     # what accuracy and reward do not show
     ("cut off", "truncated", ".0%"),
 )
 
-
+# %% ../../../nbs/experiments/pretrained/05_reading.ipynb #3727933a
 def pair_table(
     record: dict,   # what `compare` returns, of a task made by `prepare_pairs`
 ) -> str:           # lines of equal columns
@@ -78,7 +78,7 @@ def pair_table(
     rule = {"label": "longer", "metrics": record["problem"]["longer is better"], "seconds": None, "peak_mb": None}
     return comparison_table({**record, "runs": [rule, *record["runs"]]}, PAIR_COLUMNS)
 
-
+# %% ../../../nbs/experiments/pretrained/05_reading.ipynb #e40c809d
 def run_heading(record: dict) -> str:
     "One line on a record of `prepare_pairs`' tasks: seeds, machine, minutes, pairs."
     minutes = sum(run.get("seconds", 0) + run.get("evaluation_seconds", 0) for run in record["runs"]) / 60
