@@ -49,6 +49,7 @@ from tokpref.experiments.pretrained import (
     sft_rows,
     stored_result,
 )
+from tokpref.experiments.pretrained.prepare import prepared_pairs
 from tokpref.models import load_model, load_tokenizer, lora
 from tokpref.precision import pick_precision
 from tokpref.training import PreferenceConfig, PreferenceTrainer
@@ -211,6 +212,16 @@ def test_pairs_from_a_file_are_filtered_and_counted(tmp_path):
     assert set(found.train["chosen_words"]) == {1, 3} and found.info["train_longer_chosen"] == sum(
         n == 3 for n in found.train["chosen_words"]
     ) / len(found.train)
+
+
+def test_the_report_of_a_task_names_no_column_that_the_task_itself_has_added(tokenizer, tmp_path, caplog):
+    rows = [{"prompt": f"q{i}", "chosen": "a b c", "rejected": "d e"} for i in range(12)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    config = replace(QUICK, source=str(tmp_path / "pairs.jsonl"), eval_pairs=4, train_pairs=0)
+    with caplog.at_level("INFO", logger="tokpref"):
+        ready = prepared_pairs(load_pairs(config).eval, tokenizer, config, "eval")
+    assert "eval: 4 of 4 pairs kept" in caplog.text and "not read" not in caplog.text
+    assert ready["chosen_words"][:] == [3] * 4 and ready["rejected_words"][:] == [2] * 4
 
 
 def test_as_many_pairs_are_held_out_as_were_asked_for(tmp_path):

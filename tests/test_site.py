@@ -54,6 +54,8 @@ def browser(site):
         "--no-sandbox",
         "--disable-gpu",
         "--disable-background-networking",
+        "--disable-features=BackForwardCache",      # pages that were looked at are forgotten
+        "--process-per-site",
         "--window-size=1400,1400",
         "--host-resolver-rules=MAP * ~NOTFOUND",
     ):     # no address resolves: whatever is fetched fails
@@ -111,27 +113,33 @@ a.querySelectorAll('pre, code, .katex, script').forEach(e => e.remove()); return
 BROKEN = """document.querySelectorAll('img').forEach(i => i.loading = 'eager');
 await Promise.all([...document.images].map(i => i.decode().catch(() => 0)));
 return [...document.images].filter(i => !i.naturalWidth).map(i => i.src)"""
-PALE = """    // texts whose contrast with what is behind them is below WCAG's AA
+PALE = """    // texts whose contrast with what is behind them is below WCAG's AA, one of each kind
+const once = (make, made = new Map()) => key => made.has(key) ? made.get(key) : made.set(key, make(key)).get(key);
 const parts = c => c.match(/[\\d.]+/g).map(Number);
 const linear = v => (v /= 255) <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4;
-const bright = c => { const [r, g, b] = parts(c).map(linear); return 0.2126 * r + 0.7152 * g + 0.0722 * b };
-const behind = e => {
-  for (; e; e = e.parentElement) {
-    const c = getComputedStyle(e).backgroundColor, a = parts(c)[3];
-    if (a === undefined || a === 1) return c;
-  }
-};
-const written = e => [...e.childNodes].some(n => n.nodeType === 3 && n.data.trim()) && e.getClientRects().length;
-const found = new Map();
-for (const e of document.querySelectorAll('body *')) {
-  if (e.closest('.katex, script, [hidden]') || !written(e)) continue;
+const bright = once(c => { const [r, g, b] = parts(c).map(linear); return 0.2126 * r + 0.7152 * g + 0.0722 * b });
+const behind = once(e => {
+  const c = getComputedStyle(e).backgroundColor, a = parts(c)[3];
+  return a === undefined || a === 1 ? c : behind(e.parentElement);
+});
+const told = ['class', 'style', 'aria-current'];
+const kind = once(e => !e ? '' :
+  [kind(e.parentElement), e.tagName, e.cellIndex ?? '', ...told.map(name => e.getAttribute(name) ?? '')].join('|'));
+const texts = document.createTreeWalker(document.body, NodeFilter.SHOW_ELEMENT | NodeFilter.SHOW_TEXT, n =>
+  n.nodeType === 1 ? n.matches('.katex, script, [hidden]') ? NodeFilter.FILTER_REJECT : NodeFilter.FILTER_SKIP
+  : n.data.trim() ? NodeFilter.FILTER_ACCEPT : NodeFilter.FILTER_SKIP);
+const found = [], looked = new Set();
+while (texts.nextNode()) {
+  const e = texts.currentNode.parentElement, one = kind(e);
+  if (looked.has(one) || !e.checkVisibility()) continue;
+  looked.add(one);
   const style = getComputedStyle(e), size = parseFloat(style.fontSize);
   const large = size >= 24 || size >= 18.66 && style.fontWeight >= 700;
   const [a, b] = [bright(style.color), bright(behind(e))], ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
   const what = `${e.tagName}.${e.className} ${ratio.toFixed(2)} ${e.textContent.slice(0, 30)}`;
-  if (ratio < (large ? 3 : 4.5)) found.set(style.color + behind(e), what);
+  if (ratio < (large ? 3 : 4.5)) found.push(what);
 }
-return [...found.values()]"""
+return found"""
 
 LISTED = """const box = document.querySelector('#chapters [aria-current="page"]').getBoundingClientRect();
 return box.height > 0 && box.top >= 0 && box.bottom <= innerHeight"""
@@ -147,33 +155,37 @@ return [...document.images].filter(i => i.style.getPropertyValue('--wide') && i.
   .filter(i => i.getBoundingClientRect().width / i.getAttribute('width') * 800 / 72 < 9).map(i => i.src)"""
 
 
+def look(browser, page, see: dict, mobile: bool, shot: bool) -> None:
+    "Adds to `see` what is seen of a page at 1400 pixels, light and dark, or as a phone shows it."
+    width(browser, 375 if mobile else 1400, mobile)
+    theme = lambda name: browser.execute_script("document.documentElement.dataset.theme = arguments[0]", name)
+    browser.execute_async_script("requestAnimationFrame(() => setTimeout(arguments[0], 30))")   # boxes are measured
+    see["unmarked"] += browser.execute_script(UNMARKED)
+    if mobile:
+        see["narrow"] = browser.execute_script("return Math.max(innerWidth, document.documentElement.scrollWidth)")
+        see["small"] = browser.execute_script(SMALL)
+        if shot: theme("light"), shoot(browser, page, "phone")
+        return
+    see["listed"] = browser.execute_script(LISTED)
+    for name in ("light", "dark"):
+        theme(name)
+        see["pale"][name] = browser.execute_script(PALE)
+        if shot: shoot(browser, page, name)
+
+
 @pytest.fixture(scope="module")
 def visits(site, browser):
-    "What a browser sees of each page, in one visit: light and dark at 1400 pixels, then as a phone."
+    "What a browser sees of each page, in one visit. Every other page is seen first as a phone shows it."
     seen = {}
-    for page in site[1]:
+    for i, page in enumerate(site[1]):
         shot = page.source in LOOKED_AT or os.environ.get("TOKPREF_SHOTS") == "all"
-        width(browser, 1400)
+        see = seen[page.source] = {"unmarked": [], "pale": {}}
         show(browser, address(site, page))
-        see = seen[page.source] = {
-            "broken": browser.execute_async_script(
-                f"const done = arguments[0]; (async () => {{ {BROKEN} }})().then(done)"
-            ),
-            "prose": browser.execute_script(PROSE),
-            "listed": browser.execute_script(LISTED),
-            "unmarked": browser.execute_script(UNMARKED),
-            "pale": {},
-        }
-        for theme in ("dark", "light"):
-            browser.execute_script("document.documentElement.dataset.theme = arguments[0]", theme)
-            see["pale"][theme] = browser.execute_script(PALE)
-            if shot: shoot(browser, page, theme)
-        width(browser, 375, mobile=True)
-        see["narrow"] = browser.execute_script("return Math.max(innerWidth, document.documentElement.scrollWidth)")
-        browser.execute_async_script("requestAnimationFrame(() => setTimeout(arguments[0], 30))")   # boxes are measured
-        see["unmarked"] += browser.execute_script(UNMARKED)
-        see["small"] = browser.execute_script(SMALL)
-        if shot: shoot(browser, page, "phone")
+        for mobile in (True, False) if i % 2 else (False, True): look(browser, page, see, mobile, shot)
+        see["broken"] = browser.execute_async_script(
+            f"const done = arguments[0]; (async () => {{ {BROKEN} }})().then(done)"
+        )
+        see["prose"] = browser.execute_script(PROSE)
         see["log"] = [entry["message"] for entry in browser.get_log("browser")]
     width(browser, 1400)
     return seen
@@ -410,14 +422,44 @@ def test_a_notebook_that_breaks_the_site_is_named(tmp_path, monkeypatch):
     import nbformat
     for name in ("settings.ini", "pyproject.toml"): shutil.copy(ROOT / name, tmp_path)
     (tmp_path / "nbs").mkdir()
-    code = nbformat.v4.new_code_cell("#| exports\nimport math\nmath.no_such_name")
-    nbformat.write(
-        nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("# A page\n\n> It breaks."), code]),
-        tmp_path / "nbs" / "01_page.ipynb",
-    )
+    sources = ("#| default_exp losses.dpo", "#| export\ndef no_such_name(): pass")
+    cells = [nbformat.v4.new_markdown_cell("# A page\n\n> It breaks."), *map(nbformat.v4.new_code_cell, sources)]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "nbs" / "01_page.ipynb")
     monkeypatch.setattr(build_site, "ROOT", tmp_path)
-    with pytest.raises(build_site.SiteError, match="nbs/01_page.ipynb: AttributeError: .*no_such_name"):
+    with pytest.raises(build_site.SiteError, match="nbs/01_page.ipynb: NameError: .*no_such_name"):
         build_site.process_notebooks()
+
+
+def test_documentation_has_the_names_that_one_writes_and_no_addresses():
+    from site_docs import short
+    said = """### f
+
+```python
+def f(
+    a:torch.nn.modules.module.Module | None, b:Mapping={'x.Y': <function g.<locals>.<lambda> at 0x7f>}, # of a.B
+    c:Callable=<function half at 0x7f3a>
+)->collections.abc.Sequence[tokpref.exact.Pairs]:
+```
+
+*What torch.nn.Module is.*"""
+    assert short(said) == """### f
+
+```python
+def f(
+    a:Module | None, b:Mapping={'x.Y': <lambda>}, # of a.B
+    c:Callable=half
+)->Sequence[Pairs]:
+```
+
+*What torch.nn.Module is.*"""
+
+
+def test_fields_of_a_dataclass_are_documented_where_they_stand(site):
+    page = text(site, next(page for page in site[1] if page.source == "library/losses/00_types.ipynb"))
+    code = (ROOT / "tokpref" / "losses" / "types.py").read_text(encoding="utf-8")
+    line = code.split("class TokenStats")[0].count("\n") + 1
+    assert f'losses/types.py#L{line}"' in page
+    assert "mask:Tensor, # [B, T] bool, True at response tokens" in html.unescape(re.sub(r"<[^>]+>", "", page))
 
 
 def phone(browser, site, source: str) -> None:
@@ -507,6 +549,19 @@ def test_a_chain_of_lines_becomes_narrow():
         r"& \quad = \begin{cases} 1 & 2 \\ 3 & 4 \end{cases}\end{aligned}\tag{3}"
     )
     assert narrow(r"a = b") is None and narrow(r"x = \begin{aligned} a &= b \end{aligned}") is None
+
+
+def test_a_cell_is_long_by_what_is_seen_of_it():
+    from site_html import sized
+    link = f'<a href="{"x" * 80}">short</a>'
+    table = f'<table>\n<tr>\n<td>{link}</td>\n<td style="text-align: right;">{"a word " * 9}</td>\n</tr>\n</table>'
+    assert sized(table).count('class="long"') == 1 and f"<td>{link}</td>" in sized(table)
+
+
+def test_a_comment_in_the_last_line_of_a_command_has_its_colour():
+    from site_html import colored
+    assert colored("make demo    # draws it in a folder", "bash").count('<span class="co"') == 1
+    assert colored("make demo  # a\n\n", "sh") == colored("make demo  # a", "sh")
 
 
 def test_tables_of_sentences_are_whole_on_a_phone(site, browser):

@@ -1,8 +1,8 @@
 """Render the site: `python tools/build_site.py [folder]` (default _site), or `make site`.
 
-Takes the notebooks as `nbdev_proc_nbs` leaves them and `_quarto.yml`, and writes pages that open from disk with no
-network. site_cells.py makes one Markdown text of a notebook, pandoc HTML of that, site_html.py what is left: KaTeX
-the formulas (as HTML, once, here), Pygments the colours. MiniSearch does the search.
+Takes the notebooks and `_quarto.yml`, and writes pages that open from disk with no network. site_docs.py adds the
+documentation, site_cells.py makes one Markdown text of a notebook, pandoc HTML of that, site_html.py what is left:
+KaTeX the formulas (as HTML, once, here), Pygments the colours. MiniSearch does the search.
 """
 import json
 import os
@@ -35,7 +35,8 @@ from site_html import (
 __all__ = ["Page", "SiteError", "build", "code_markdown", "process_notebooks"]
 
 ROOT = Path(__file__).resolve().parent.parent
-PARTS, MODULES = ROOT / "tools" / "site", ROOT / "tools" / "site" / "node_modules"
+TOOLS = ROOT / "tools"
+PARTS, MODULES = TOOLS / "site", TOOLS / "site" / "node_modules"
 MARKDOWN = "markdown+lists_without_preceding_blankline-implicit_figures-citations-tex_math_single_backslash"
 EQUATION = re.compile(r"\$\$(?P<tex>(?:(?!\$\$).)+?)\$\$[ \t]*\{#(?P<id>eq-[\w-]+)\}", re.S)
 CALLOUT = re.compile(
@@ -53,27 +54,10 @@ class SiteError(Exception):
 
 
 def process_notebooks() -> None:
-    "What `nbdev_proc_nbs` does, into _proc/; called from inside, since the command would first try to install Quarto."
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            "from nbdev.quarto import refresh_quarto_yml as r; from nbdev.serve import proc_nbs as p; r(); p()",
-        ],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode == 0: return
-    where = re.search(r"Error in notebook: ([^\n]*) in cell \d+ :\n(.*?)\n\"\"\"", done.stderr, re.S)
-    error = re.search(r"^\w*(?:Error|Exception)\b.*$", done.stderr, re.M)
-    if not where: raise SiteError(f"nbdev cannot process the notebooks:\n{done.stderr.strip()}")
-    files = [path for path in (ROOT / "nbs").rglob("*.ipynb") if f"\"# {where[1]}" in path.read_text(encoding="utf-8")]
-    raise SiteError(
-        f"{files[0].relative_to(ROOT) if files else where[1]}: {error[0] if error else 'an error'}\nin this cell, "
-        f"which nbdev runs because it imports or exports, without the cells around it:\n\n{where[2]}\n\n"
-        "Mend it; imports stand in cells of their own."
-    )
+    "The notebooks into _proc/, in a process of its own: it imports the package that lies in ROOT."
+    code = [sys.executable, "-W", "ignore", TOOLS / "site_docs.py"]
+    done = subprocess.run(code, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode: raise SiteError(done.stderr.strip())
 
 
 def site_description() -> dict:

@@ -3,11 +3,15 @@
 
 Each is installed into an environment of its own, and the README's quick start runs there, away from the checkout.
 `--tag v1.2.3` checks besides that the tag is the version. `--installed` builds with the tools that are installed, as a
-release does with those of tools/release.txt, and fetches none.
+release does with those of tools/release.txt, and fetches none. `--measure` writes what an installation costs into
+results/installation.json, which the page "Your model, your data" shows.
 """
 import argparse
+import json
 import os
+import platform
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -109,6 +113,44 @@ def try_out(file: Path) -> None:
             raise SystemExit(f"dist: the quick start ran with {where}, not with what was installed")
 
 
+LIBRARIES = ("torch", "transformers", "datasets", "peft", "accelerate", "matplotlib")
+IMPORTS = {
+    "nothing": "pass",
+    "`torch`": "import torch",
+    "`tokpref`": "import tokpref",
+    "`torch`, `peft`, `datasets`, and `Trainer` of transformers": "import torch, peft, datasets; "
+    "from transformers import Trainer",
+    "`from tokpref import PreferenceTrainer`": "from tokpref import PreferenceTrainer",
+}
+
+
+def processor_time(*command: object, cwd: Path) -> float:
+    "Seconds of all processors together that a command takes."
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    run(*command, cwd=cwd)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def installation(source: Path, wheel: Path) -> dict:
+    "What an installation costs: sizes in bytes, processor time in seconds; of an import, the least of five times."
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        run(sys.executable, "-m", "venv", place / "env")
+        python = place / "env" / "bin" / "python"
+        install = processor_time(python, "-m", "pip", "install", "-q", "-c", ROOT / "constraints.txt", wheel, cwd=place)
+        run(python, "-m", "pip", "check", cwd=place)
+        times = {
+            name: min(processor_time(python, "-c", code, cwd=place) for _ in range(5)) for name, code in IMPORTS.items()
+        }
+        loaded = run(python, "-c", "import sys, tokpref; print(*sorted({name.split('.')[0] for name in sys.modules}))",
+                     cwd=place).split()
+    bare = times.pop("nothing")
+    return {"python": platform.python_version(), "wheel": wheel.stat().st_size, "source": source.stat().st_size,
+            "pip": round(install, 1), "imports": {name: round(time - bare, 2) for name, time in times.items()},
+            "libraries_of_the_package": [name for name in LIBRARIES if name in loaded]}
+
+
 def version() -> str:
     "The version that settings.ini says."
     text = (ROOT / "settings.ini").read_text(encoding="utf-8")
@@ -120,13 +162,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folder", nargs="?", type=Path, default=ROOT / "dist")
     parser.add_argument("--tag", default="", help="the tag that a release is made from")
+    parser.add_argument("--measure", action="store_true", help="write results/installation.json, and try nothing")
     parser.add_argument("--installed", action="store_true", help="build with the tools that are installed here")
     arguments = parser.parse_args()
     if arguments.tag and arguments.tag != f"v{version()}":
         raise SystemExit(
             f"dist: the tag is {arguments.tag}, and settings.ini says version {version()}: tag v{version()}"
         )
-    for file in build(arguments.folder, *(["--no-isolation"] if arguments.installed else [])):
+    files = build(arguments.folder, *(["--no-isolation"] if arguments.installed else []))
+    if arguments.measure:
+        told = json.dumps(installation(*files), indent=1, ensure_ascii=False)
+        (ROOT / "results" / "installation.json").write_text(told + "\n", encoding="utf-8")
+        return
+    for file in files:
         try_out(file)
         print(f"{file.name}: installs, and the quick start runs")
 

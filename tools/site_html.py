@@ -1,4 +1,5 @@
 """What a page's HTML gets after pandoc: colours of code, formulas, boxes that scroll, links, words with meanings."""
+import functools
 import html
 import itertools
 import json
@@ -8,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pygments.lexers import get_lexer_by_name
-from pygments.token import Comment, Keyword, Name, Number, Operator, String, Token
+from pygments.token import Comment, Keyword, Name, Number, Operator, String
 from pygments.util import ClassNotFound
 
 PARTS = Path(__file__).resolve().parent / "site"
@@ -34,12 +35,12 @@ VOID = {"img", "br", "hr", "input", "meta", "link", "col", "wbr"}
 def colored(code: str, language: str) -> str:
     "Code as lines of coloured parts; a line that must wrap hangs below its own beginning and breaks at spaces only."
     code = re.sub(r"\[(`[^`]+`)\]\(https?://[^)\s]*\)", r"\1", code)     # a link that nbdev set in a comment
-    try: lexer = get_lexer_by_name(language, stripnl=False, ensurenl=False)
-    except ClassNotFound: lexer = get_lexer_by_name("text", stripnl=False, ensurenl=False)
+    try: lexer = get_lexer_by_name(language, stripnl=False)
+    except ClassNotFound: lexer = get_lexer_by_name("text", stripnl=False)
     papers = set(re.findall(r"arXiv[:\s]+(\d{4}\.\d{4,5})", code, re.I))
     lines: list[list[tuple[str, str]]] = [[]]
     for kind, value in lexer.get_tokens(code):
-        color = next((name for token, name in COLORS if kind in token), "") if kind is not Token.Text else ""
+        color = color_of(kind)
         first, *rest = value.split("\n")
         if lines[-1] and lines[-1][-1][0] == color: lines[-1][-1] = (color, lines[-1][-1][1] + first)
         else: lines[-1].append((color, first))
@@ -48,6 +49,12 @@ def colored(code: str, language: str) -> str:
     shown = "".join(code_line(parts) for parts in lines)
     for number in papers: shown = shown.replace(number, f'<a href="https://arxiv.org/abs/{number}">{number}</a>')
     return shown
+
+
+@functools.cache
+def color_of(kind) -> str:
+    "The class of a kind of token; nothing for plain text."
+    return next((name for token, name in COLORS if kind in token), "")
 
 
 def code_line(parts: list[tuple[str, str]]) -> str:
@@ -111,7 +118,12 @@ def sized(table: str) -> str:
     table = re.sub(r"<colgroup>.*?</colgroup>|(?<=<table) style=\"width:[^\"]*\"", "", table, flags=re.S)
     table = re.sub(r"<thead>\s*<tr[^>]*>(\s*<th[^>]*></th>)+\s*</tr>\s*</thead>", "", table)
     table = re.sub(r"<th([^>]*)></th>", r"<td\1></td>", table)         # an empty heading says nothing
-    return re.sub(r"<td(?=[^>]*>[^\n]{60,}</td>)", '<td class="long"', table)
+    return re.sub(r"<td(?=[^>]*>([^\n]*?)</td>)", lambda cell: '<td class="long"' if long(cell[1]) else "<td", table)
+
+
+def long(cell: str) -> bool:
+    "Whether a cell of a table has a sentence in it; what is a link's address or a class is not seen and not counted."
+    return len(re.sub(r"<[^>]+>", "", cell)) >= 60
 
 
 def promoted(body: str) -> str:

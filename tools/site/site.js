@@ -46,32 +46,37 @@ for (const block of $$(".box.code")) {
 const kinds = { code: "Code", out: "Output", table: "Table", math: "Formula" };
 // A table of sentences that is too wide for a phone: its rows one below the other, each cell with its heading before it
 const small = matchMedia("(max-width: 56rem)");
-function stack(box, table) {
-  const heads = $$("thead th", table).map((head) => head.textContent.trim());
-  for (const row of $$("tbody tr", table)) [...row.cells].forEach((cell, i) => { if (heads[i]) cell.dataset.label = heads[i]; });
-  box.classList.add("stack");
+function stack(scroller) {
+  const heads = $$("thead th", scroller).map((head) => head.textContent.trim());
+  for (const row of $$("tbody tr", scroller)) [...row.cells].forEach((cell, i) => { if (heads[i]) cell.dataset.label = heads[i]; });
+  scroller.closest(".box").classList.add("stack");
 }
 small.addEventListener("change", () => $$(".stack").forEach((box) => box.classList.remove("stack")));
-function measure(scroller) {
-  const table = small.matches && $("table", scroller), wide = () => scroller.scrollWidth > scroller.clientWidth + 2;
-  if (table && scroller.clientWidth && $("td.long", table) && wide()) stack(scroller.closest(".box"), table);
-  const { scrollLeft, scrollWidth, clientWidth } = scroller, box = scroller.closest(".box");
-  const more = [scrollLeft > 2 && "left", scrollLeft + clientWidth < scrollWidth - 2 && "right"].filter(Boolean).join(" ");
+function mark([scroller, left, whole, width]) {
+  const box = scroller.closest(".box"), more = [left > 2 && "left", left + width < whole - 2 && "right"].filter(Boolean).join(" ");
   if (more) box.dataset.more = more; else delete box.dataset.more;
-  if (!clientWidth) return;
-  if (scrollWidth > clientWidth + 2) {
+  if (!width) return;
+  if (whole > width + 2) {
     const kind = Object.keys(kinds).find((name) => box.classList.contains(name));
     scroller.tabIndex = 0;
     scroller.setAttribute("role", "group");
     scroller.setAttribute("aria-label", `${kinds[kind] || "Figure"}, scrolls sideways`);
   } else for (const name of ["tabindex", "role", "aria-label"]) scroller.removeAttribute(name);
 }
-const sized = new ResizeObserver((entries) => entries.forEach((entry) => measure(entry.target)));
+// All are measured before one is marked: the page is laid out once, not once a box
+function measure(scrollers) {
+  if (small.matches) {
+    const wide = ({ clientWidth, scrollWidth }) => clientWidth && scrollWidth > clientWidth + 2;
+    scrollers.filter((scroller) => $("td.long", scroller) && wide(scroller)).forEach(stack);
+  }
+  scrollers.map((scroller) => [scroller, scroller.scrollLeft, scroller.scrollWidth, scroller.clientWidth]).forEach(mark);
+}
+const sized = new ResizeObserver((entries) => measure(entries.map((entry) => entry.target)));
 for (const scroller of $$(".scroll")) {
   sized.observe(scroller);
-  scroller.addEventListener("scroll", () => measure(scroller), { passive: true });
+  scroller.addEventListener("scroll", () => measure([scroller]), { passive: true });
 }
-document.fonts?.ready.then(() => $$(".scroll").forEach(measure));
+document.fonts?.ready.then(() => measure($$(".scroll")));
 
 // The contents of the page follow the reader
 const links = new Map();

@@ -80,10 +80,11 @@ def base_start(stages: Preparation | StageWork) -> tuple[Any, Any, dict]:
 
 def prepared_pairs(rows: Dataset, tokenizer: Any, config: Any, name: str) -> Dataset:
     "Token ids of pairs, with their numbers of words."
-    ready, report = prepare(rows, tokenizer, config.max_length, config.max_prompt_length or None, name=name, examples=0)
+    counts, longest = ["chosen_words", "rejected_words"], config.max_prompt_length or None
+    pairs = rows.remove_columns(counts)
+    ready, report = prepare(pairs, tokenizer, config.max_length, longest, name=name, examples=0)
     _log.info("%s", report)
-    for column in ("chosen_words", "rejected_words"):
-        ready = ready.add_column(column, [rows[i][column] for i in ready["row"]])
+    for column in counts: ready = ready.add_column(column, [rows[i][column] for i in ready["row"]])
     return ready
 
 
