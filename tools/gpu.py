@@ -1,12 +1,13 @@
 """What is worth a GPU, in order of value: `make gpu`, or `python tools/gpu.py [--minutes 13] [--only PART ...]`.
 
 Each part runs in a process of its own, for at most its share of the time, and ends in one file in results/, or in $OUT
-where that is set. What is there already is left alone, a part that fails does not stop the others, and nothing starts
-after the time is up; a comparison that was cut off goes on where it stopped. The machine needs torch, transformers,
-peft, accelerate, pytest, pandas and pyarrow of its own; what else is missing comes, with the data, from .gpu/, which
-`make gpu-data` fills here and which is to be carried there beside the repository. A call that may take no more than 64
-MiB carries a part of it: .gpu/1 and `python tools/gpu.py --unpack`, then .gpu/2 and so on, with the last one the run
-itself. All is unpacked into a folder outside the checkout, and found there by later calls that do not carry it.
+where that is set; with --quick, which tries every line in small, in runs/gpu-quick. What is there already is left
+alone, a part that fails does not stop the others, and nothing starts after the time is up; a comparison that was cut
+off goes on where it stopped. The machine needs torch, transformers, peft, accelerate, pytest, pandas and pyarrow of its
+own; what else is missing comes, with the data, from .gpu/, which `make gpu-data` fills here and which is to be carried
+there beside the repository. A call that may take no more than 64 MiB carries a part of it: .gpu/1 and `python
+tools/gpu.py --unpack`, then .gpu/2 and so on, with the last one the run itself. All is unpacked into a folder outside
+the checkout, and found there by later calls that do not carry it.
 
 The comparisons named `smol` train a pretrained model of 135 million weights. It is found in models/ (`make model`), in
 the folder that TOKPREF_MODELS names, or among what was carried.
@@ -34,15 +35,12 @@ CARRIED = ROOT / ".gpu"
 DATA = ("Anthropic/hh-rlhf", "openai/gsm8k", "gsm8k-preferences", "alpaca_eval-preferences", "stanfordnlp/imdb")
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 WHEELS = ("datasets", "dill", "multiprocess", "xxhash")     # small, and seldom on a machine for training
-OUTSIDE = Path(
-    os.environ.get("TOKPREF_GPU_FOLDER") or Path(tempfile.gettempdir()) / "tokpref-gpu"
-)  # what was carried, unpacked
+OUTSIDE = Path(os.environ.get("TOKPREF_GPU_FOLDER") or Path(tempfile.gettempdir()) / "tokpref-gpu")   # unpacked
 LIMIT = 64      # MiB that a machine may take
 SPARE = 0.5     # MiB left free
 ALL = 99        # seeds: all of a profile
-PEERS = {
-    path.stem.removeprefix("requirements-"): path for path in sorted((ROOT / "benchmarks").glob("requirements-*.txt"))
-}
+PEERS = {path.stem.removeprefix("requirements-"): path
+         for path in sorted((ROOT / "benchmarks").glob("requirements-*.txt"))}
 
 
 class Comparison(NamedTuple):
@@ -190,16 +188,8 @@ def run_tests(args, target: Path) -> None:
     report = Path(tempfile.mkdtemp()) / "junit.xml"
     env = os.environ | ({"TOKPREF_TEST_DEVICE": "cpu"} if args.device == "cpu" else {})
     picked = ["-k", "float32 and (Llama or dpo) or a_step or samples"] if args.quick else []
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "tests/test_cuda.py",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        f"--junitxml={report}",
-    ]
+    command = [sys.executable, "-m", "pytest", "tests/test_cuda.py", "-q", "-p", "no:cacheprovider",
+               f"--junitxml={report}"]
     done = subprocess.run([*command, *picked], cwd=ROOT, env=env)
     suite = ElementTree.parse(report).getroot().find("testsuite")
     assert suite is not None
@@ -215,9 +205,8 @@ def run_tests(args, target: Path) -> None:
 def run_engine(args, target: Path) -> None:
     "The benchmark's steps; its file is written anew after each of them, and lists the peers that can't run here."
     options = ["--quick"] if args.quick else ["--parts", "steps"]
-    subprocess.run(
-        [sys.executable, "benchmarks/engine.py", "--device", args.device, *options, "--out", target], cwd=ROOT
-    )
+    command = [sys.executable, "benchmarks/engine.py", "--device", args.device, *options, "--out", target]
+    subprocess.run(command, cwd=ROOT)
     if not target.exists(): raise RuntimeError("the benchmark ended without a result")
 
 
@@ -304,19 +293,8 @@ def find_models() -> Path | None:
 
 def unpack(wheels: list[Path], folder: Path) -> None:
     "Install wheels, and nothing that they ask for, into a folder."
-    pip = [
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "-q",
-        "--no-index",
-        "--no-deps",
-        "--no-compile",
-        "--target",
-        str(folder),
-    ]
-    subprocess.run([*pip, *map(str, wheels)], check=True)
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--no-compile"]
+    subprocess.run([*pip, "--target", str(folder), *map(str, wheels)], check=True)
 
 
 def download(what: list, folder: Path, python: str) -> None:
@@ -324,9 +302,8 @@ def download(what: list, folder: Path, python: str) -> None:
     names = ("manylinux_2_28", "manylinux_2_17", "manylinux2014")
     systems = [part for name in names for part in ("--platform", f"{name}_x86_64")]
     pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:"]
-    subprocess.run(
-        [*pip, "--python-version", python, "--implementation", "cp", *systems, "-d", folder, *what], check=True
-    )
+    wanted = ["--python-version", python, "--implementation", "cp", *systems, "-d", folder, *what]
+    subprocess.run([*pip, *wanted], check=True)
 
 
 @contextlib.contextmanager
@@ -433,18 +410,8 @@ def finished(target: Path, seeds: int) -> bool:
 
 def in_a_process(name: str, seeds: int, args, target: Path, seconds: float) -> str:
     "Run one part for at most so long; how it ended."
-    command = [
-        sys.executable,
-        __file__,
-        "--part",
-        name,
-        "--device",
-        args.device,
-        "--seeds",
-        str(seeds),
-        "--target",
-        target,
-    ]
+    command = [sys.executable, __file__, "--part", name, "--device", args.device, "--seeds", str(seeds),
+               "--target", target]
     if args.quick: command.append("--quick")
     part = subprocess.Popen(command, cwd=ROOT, env=environment(), start_new_session=True)
     try: code = part.wait(timeout=seconds)
