@@ -83,6 +83,13 @@ def plain_stats(pairs: PairFeatures) -> dict[str, torch.Tensor]:
             "entropy": -expected(p, logps, torch.zeros_like(logps)).detach()}
 
 
+def largest_number(pairs: PairFeatures, wanted: dict[str, torch.Tensor]) -> float:
+    "Of the logits and log-probabilities that all the rest is made of: what a rounding error is a share of."
+    logits = [plain_logits(f).detach() for f in (pairs.policy, pairs.reference)]
+    values = [*logits, wanted["logps"].detach(), wanted["ref_logps"]]
+    return max(float(x.masked_fill(x.isinf(), 0).abs().max()) for x in values)
+
+
 def sizes(pairs: PairFeatures) -> list[float]:
     "How large a position's gradients can be: those of probabilities that are 0 or 1 are rounding errors of this."
     head = pairs.policy.head
@@ -118,8 +125,7 @@ def test_statistics_and_their_gradients(dtype):
         pairs = made_up(rng, dtype)
         wanted = plain_stats(pairs)
         found = scored_twice(pairs.policy, pairs.reference, pairs.targets, ALL, rng.choice([None, 1, 2, 7]))
-        largest = max(float(plain_logits(f).detach().masked_fill(plain_logits(f).isinf(), 0).abs().max())
-                      for f in (pairs.policy, pairs.reference))
+        largest = largest_number(pairs, wanted)
         for name in wanted:
             error = off(found[name], wanted[name], largest)
             worst[dtype, name] = max(worst.get((dtype, name), 0), error)
@@ -151,6 +157,13 @@ def options_of(rng: random.Random, name: str) -> dict:
 WITHOUT_WEIGHTS = {"simpo"}
 
 
+def steepest_odds(logps: torch.Tensor, pairs: PairFeatures) -> float:
+    "1/(1 − p) of the surest response: how many times larger an error of its log p is in its log-odds."
+    weights = pairs.known.get("weights", torch.ones(len(logps))).double()
+    means = torch.stack([part.mean() for part in (logps * weights).split(pairs.lengths)])
+    return 1 / max(float(-torch.expm1(means).max()), 1e-12)
+
+
 def plain_loss(name: str, options: dict, pairs: PairFeatures) -> torch.Tensor:
     "The losses [B] in float64 from plain statistics; rows are cut out one by one."
     values = plain_stats(pairs) | {k: x.double() for k, x in pairs.known.items()}
@@ -177,9 +190,9 @@ def test_losses_of_features(dtype):
         found = loss_of_features(pairs, loss, wants, one_pass=one_pass, chunk_size=rng.choice([None, 1, 3, 500]))
         wanted = plain_loss(name, options, pairs)
         if not (wanted.isfinite() & (wanted.abs() < 1e30)).all(): continue      # float32 does not reach there
-        largest = max(float(plain_logits(f).detach().masked_fill(plain_logits(f).isinf(), 0).abs().max())
-                      for f in (pairs.policy, pairs.reference))
-        reach = options.get("beta", 1.0) * largest * max(pairs.lengths)         # of the numbers that a loss adds up
+        stats = plain_stats(pairs)
+        reach = options.get("beta", 1.0) * largest_number(pairs, stats) * max(pairs.lengths)    # of what a loss adds up
+        if name == "orpo": reach *= steepest_odds(stats["logps"].detach(), pairs)
         error = off(found.pairs.losses, wanted, reach)
         worst[dtype, name] = max(worst.get((dtype, name), 0), error)
         assert error < TYPES[dtype][0], (seed, name, options, error, found.pairs.losses, wanted)
