@@ -820,6 +820,8 @@ def test_a_broken_run_names_a_checkpoint_from_before_it_broke(make, tmp_path):
     trainer = make()
     for now, said in ((1, "no checkpoint is older"), (2, "go on from checkpoint-1$"), (9, "go on from checkpoint-1$")):
         assert re.search(said, not_finite(now, [0], trainer.args.output_dir, 1e-3))
+    trainer.unseen.append((torch.tensor([1.0, float("inf"), 2.0, float("nan")]), torch.tensor([7, 9, 4, 0])))
+    with pytest.raises(FloatingPointError, match=r"dataset rows \[9, 0\]"): trainer.check_finite()
 
 
 def test_gradients_of_a_baseline_head_do_not_add_up_over_steps():
@@ -841,6 +843,9 @@ def test_a_saved_baseline_head_is_read_back(make, tmp_path, width):
     trainer.save_model(tmp_path / "saved")
     assert_close(load_baseline_head(tmp_path / "saved").state_dict(), trainer.baseline_head.state_dict())
     with pytest.raises(FileNotFoundError, match="baseline_head.safetensors"): load_baseline_head(tmp_path)
+    other = make(loss="tbpo_q", baseline_width=width)
+    other._load_from_checkpoint(str(tmp_path / "saved"))        # as a run that goes on does
+    assert_close(other.baseline_head.state_dict(), trainer.baseline_head.state_dict())
 
 
 def test_each_row_of_what_others_ran_into_is_a_test():
