@@ -473,6 +473,34 @@ def test_many_writers_of_one_file_leave_a_whole_one(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
 
 
+def test_many_writers_of_one_folder_leave_a_whole_one(tmp_path):
+    ended = []
+
+    def write(folder):
+        for i in range(20):
+            with whole_folder(folder / "x") as part:
+                for name in "ab": (part / name).write_text(f"{os.getpid()} {i}")
+
+    children = [threading.Thread(target=lambda: ended.append(in_child(write, tmp_path))) for _ in range(3)]
+    for child in children: child.start()
+    for child in children: child.join()
+    assert ended == [0, 0, 0] and [path.name for path in tmp_path.iterdir()] == ["x"]
+    assert damage(tmp_path / "x") == "" and (tmp_path / "x" / "a").read_text() == (tmp_path / "x" / "b").read_text()
+
+
+def test_a_folder_that_cannot_be_put_in_its_place_leaves_the_old_one(tmp_path, monkeypatch):
+    with whole_folder(tmp_path / "x") as part: (part / "a").write_text("old")
+    rename = Path.rename
+
+    def closed(self, target):
+        if self.name == "new" and target.name == "x": raise PermissionError(13, "Permission denied", str(target))
+        return rename(self, target)
+    monkeypatch.setattr(Path, "rename", closed)
+    with pytest.raises(OSError, match="x could not be written"), whole_folder(tmp_path / "x", tmp_path / "new") as part:
+        (part / "a").write_text("new")
+    assert (tmp_path / "x" / "a").read_text() == "old" and [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
 # Load
 
 class Handler(BaseHTTPRequestHandler):

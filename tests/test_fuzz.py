@@ -157,16 +157,13 @@ def options_of(rng: random.Random, name: str) -> dict:
 WITHOUT_WEIGHTS = {"simpo"}
 
 
-def steepest_odds(logps: torch.Tensor, pairs: PairFeatures) -> float:
-    "1/(1 − p) of the surest response: how many times larger an error of its log p is in its log-odds."
-    weights = pairs.known.get("weights", torch.ones(len(logps))).double()
-    means = torch.stack([part.mean() for part in (logps * weights).split(pairs.lengths)])
-    return 1 / max(float(-torch.expm1(means).max()), 1e-12)
+def plain_values(pairs: PairFeatures) -> dict[str, torch.Tensor]:
+    "All that a loss may read, [N] in float64."
+    return plain_stats(pairs) | {k: x.double() for k, x in pairs.known.items()}
 
 
-def plain_loss(name: str, options: dict, pairs: PairFeatures) -> torch.Tensor:
+def plain_loss(name: str, options: dict, pairs: PairFeatures, values: dict[str, torch.Tensor]) -> torch.Tensor:
     "The losses [B] in float64 from plain statistics; rows are cut out one by one."
-    values = plain_stats(pairs) | {k: x.double() for k, x in pairs.known.items()}
     rows = [range(sum(pairs.lengths[:i]), sum(pairs.lengths[:i + 1])) for i in range(len(pairs.lengths))]
     def side(first: int) -> TokenStats:
         mine = rows[first::2]
@@ -174,6 +171,16 @@ def plain_loss(name: str, options: dict, pairs: PairFeatures) -> torch.Tensor:
         fields = {k: fill(x) for k, x in values.items()}
         return TokenStats(**fields, mask=fill(torch.ones(len(pairs.targets), dtype=torch.bool)))
     return LOSSES[name](side(0), side(1), **options).losses
+
+
+def reach_of(name: str, options: dict, pairs: PairFeatures, values: dict[str, torch.Tensor]) -> float:
+    "How large the numbers are that a loss adds up, and how large a change of all of them by their size makes it."
+    largest = largest_number(pairs, values)
+    leaves = {k: x.detach().clone().requires_grad_() for k, x in values.items() if k not in ("weights", "entropy")}
+    total = plain_loss(name, options, pairs, {**values, **leaves}).sum()
+    slopes = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+    steep = sum(float(slope.abs().sum()) for slope in slopes if slope is not None)
+    return largest * max(options.get("beta", 1.0) * max(pairs.lengths), steep)
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
@@ -188,11 +195,10 @@ def test_losses_of_features(dtype):
         wants = Wants(LOSSES[name].kl, LOSSES[name].reverse_kl, LOSSES[name].entropy)
         one_pass = not needs_all_pairs(loss, torch.device("cpu"))
         found = loss_of_features(pairs, loss, wants, one_pass=one_pass, chunk_size=rng.choice([None, 1, 3, 500]))
-        wanted = plain_loss(name, options, pairs)
+        values = plain_values(pairs)
+        wanted = plain_loss(name, options, pairs, values)
         if not (wanted.isfinite() & (wanted.abs() < 1e30)).all(): continue      # float32 does not reach there
-        stats = plain_stats(pairs)
-        reach = options.get("beta", 1.0) * largest_number(pairs, stats) * max(pairs.lengths)    # of what a loss adds up
-        if name == "orpo": reach *= steepest_odds(stats["logps"].detach(), pairs)
+        reach = reach_of(name, options, pairs, values)
         error = off(found.pairs.losses, wanted, reach)
         worst[dtype, name] = max(worst.get((dtype, name), 0), error)
         assert error < TYPES[dtype][0], (seed, name, options, error, found.pairs.losses, wanted)

@@ -198,6 +198,23 @@ def damage(folder: str | os.PathLike) -> str:
     return ""
 
 # %% ../nbs/library/05_files.ipynb #73dc7191
+_TAKEN = (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST)      # another process was quicker
+
+
+def _put(fresh: Path, place: Path) -> None:
+    "A finished folder for what stands in its place, also while others do the same."
+    while True:
+        old = beside(place)
+        try:
+            if place.exists(): place.rename(old)
+            fresh.rename(place)
+            return _remove(old)
+        except OSError as error:
+            if old.exists() and not place.exists(): old.rename(place)
+            _remove(old)
+            if error.errno not in _TAKEN or not fresh.exists(): raise
+
+
 @contextlib.contextmanager
 def whole_folder(place: str | os.PathLike, part: Path | None = None) -> Iterator[Path]:
     """Inside, write files into the folder that is given; afterwards it stands at `place`, sealed, for what was there.
@@ -212,10 +229,7 @@ def whole_folder(place: str | os.PathLike, part: Path | None = None) -> Iterator
         try:
             yield fresh
             seal(fresh)
-            old = beside(place)
-            if place.exists(): place.rename(old)
-            fresh.rename(place)
-            _remove(old)
+            _put(fresh, place)
         finally: _remove(fresh)
         flush(place.parent)
 
