@@ -579,6 +579,24 @@ def test_tables_of_sentences_are_whole_on_a_phone(site, browser):
     settled(browser, "return !document.querySelector('.stack')")
 
 
+def test_tables_of_options_are_those_of_the_package(site):
+    "The pages show what the notebooks have stored."
+    import argparse
+    import dataclasses
+
+    from tokpref.cli.parser import make_parser
+    from tokpref.training import PreferenceConfig
+    pages = {page.source: html.unescape(re.sub(r"<[^>]+>", "", article(site, page))) for page in site[1]}
+    commands = next(a for a in make_parser()._actions if isinstance(a, argparse._SubParsersAction)).choices.values()
+    actions = [action for command in commands for action in command._actions if action.dest != "help" and action.help]
+    flags = {flag for action in actions for flag in action.option_strings}
+    assert len(flags) > 20 and not [flag for flag in flags if flag not in pages["library/cli/02_commands.ipynb"]]
+    trainer = " ".join(pages["library/training/03_trainer.ipynb"].split()).replace("’", "'")
+    own = [field for field in dataclasses.fields(PreferenceConfig) if field.name in PreferenceConfig.__annotations__]
+    told = [f"{field.name} {field.default} {field.metadata.get('help', '')[:20]}" for field in own]
+    assert len(told) > 15 and not [row for row in told if row not in trainer]
+
+
 def test_options_keep_their_two_dashes(site):
     page = next(page for page in site[1] if page.source == "library/cli/02_commands.ipynb")
     told = re.sub(r"<[^>]+>", "", article(site, page))
@@ -625,6 +643,15 @@ def test_cells_that_the_story_can_do_without_are_told_by_their_code(source, said
     import nbformat
     from site_cells import Page, told_by_its_code
     assert told_by_its_code(Page("library/00_page.ipynb", ""), nbformat.v4.new_code_cell(source)) == said
+
+
+def test_an_experiment_shows_what_came_out_and_folds_how_it_is_read():
+    import nbformat
+    from site_cells import Page, told_by_its_code
+    cell = nbformat.v4.new_code_cell('for run in shown["runs"]: print(run)', outputs=[nbformat.v4.new_output("stream")])
+    told = [told_by_its_code(Page(f"{place}/01_page.ipynb", ""), cell) for place in ("experiments/tasks", "library")]
+    assert told == ["How it is read from the record", ""]
+    assert not told_by_its_code(Page("experiments/tasks/01_page.ipynb", ""), nbformat.v4.new_code_cell(cell.source))
 
 
 def test_words_are_explained_by_pointing_keyboard_and_tap(site, browser):

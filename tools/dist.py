@@ -118,9 +118,9 @@ IMPORTS = {
     "nothing": "pass",
     "`torch`": "import torch",
     "`tokpref`": "import tokpref",
-    "`torch`, `peft`, `datasets`, and `Trainer` of transformers": "import torch, peft, datasets; "
+    "`torch`, `peft`, `datasets` and the `Trainer` of transformers": "import torch, peft, datasets; "
     "from transformers import Trainer",
-    "`from tokpref import PreferenceTrainer`": "from tokpref import PreferenceTrainer",
+    "`PreferenceTrainer` of tokpref": "from tokpref import PreferenceTrainer",
 }
 
 
@@ -133,7 +133,7 @@ def processor_time(*command: object, cwd: Path) -> float:
 
 
 def installation(source: Path, wheel: Path) -> dict:
-    "What an installation costs: sizes in bytes, processor time in seconds; of an import, the least of five times."
+    "What an installation costs: sizes in bytes, processor time in seconds; of an import, the least of three times."
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         run(sys.executable, "-m", "venv", place / "env")
@@ -141,7 +141,7 @@ def installation(source: Path, wheel: Path) -> dict:
         install = processor_time(python, "-m", "pip", "install", "-q", "-c", ROOT / "constraints.txt", wheel, cwd=place)
         run(python, "-m", "pip", "check", cwd=place)
         times = {
-            name: min(processor_time(python, "-c", code, cwd=place) for _ in range(5)) for name, code in IMPORTS.items()
+            name: min(processor_time(python, "-c", code, cwd=place) for _ in range(3)) for name, code in IMPORTS.items()
         }
         loaded = run(python, "-c", "import sys, tokpref; print(*sorted({name.split('.')[0] for name in sys.modules}))",
                      cwd=place).split()

@@ -16,6 +16,8 @@ DIRECTIVE = re.compile(r"^#\|\s*([\w-]+)\s*:?[ \t]*(.*)\n?", re.M)
 SYMBOLS = {"alpha": "α", "beta": "β", "gamma": "γ", "lam": "λ", "tau": "τ", "epsilon": "ε"}
 COLOURS = re.compile(r"\x1b\[[0-9;]*m")        # of a terminal
 DIRECTIONS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"      # they turn what follows around
+OF_A_RECORD = re.compile(r"\b(?:stored_result|measured_runs)\(|\b(?:shown|record|runs|about|info)\b[\[.]|\bin runs\b")
+EXPERIMENTS = ("experiments/tasks/", "library/engine/12_speed")      # pages that tell what came out of a run
 CHECKING = {"assert_close", "gradcheck", "test_eq", "test_close", "test_fail", "test_ne", "raises"}
 
 
@@ -253,6 +255,8 @@ def told_by_its_code(page: Page, cell) -> str:
     said = f": {html.escape(comment[1])}" if comment else ""
     if all(map(checks, body)): return f"Check{said}"
     if all(map(refuses, body)): return "Check: what is refused"
+    if cell.outputs and page.source.startswith(EXPERIMENTS) and "compare(" not in cell.source:
+        if OF_A_RECORD.search(cell.source): return "How it is read from the record"
     quiet = not cell.outputs and not page.source.startswith(("derivations", "index"))
     return f"Check{said}" if quiet and checks(body[-1]) else ""
 
