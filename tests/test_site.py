@@ -265,12 +265,19 @@ def test_search_finds_what_a_person_means(site, browser):
         ("adpo", "derivations/adpo.html"), ("two optima", "derivations/token_mdp.html"),
         ("sentiment", "experiments/tasks/sentiment.html"),
         ("model card", "library/training/card.html"), ("command line", "library/cli/commands.html"),
+        ("beta", "derivations/objective.html#what-β-does"), ("jsonl", "use.html"),
+        ("colab", "use.html"), ("oom", "use.html"),
+        ("out of memory", "use.html#memory-and-time"), ("kl", "library/evaluation/frontier.html"),
         ("win rate", "library/evaluation/judging.html"), ("dpo_loss", "derivations/dpo.html#dpo_loss"),
     ):
-        assert found_first(browser, words).endswith(f"/{wanted}"), (words, found_first(browser, words))
+        found = unquote(found_first(browser, words))
+        assert found.endswith(f"/{wanted}"), (words, found)
     said = [small.text for small in browser.find_elements("css selector", "#results small")]
     code = re.compile(r"[{}`]|\b(?:def|import) \w+|\w = \w| [,.;]")
     assert said and not [text for text in said if code.search(text)], "excerpts are prose"
+    assert found_first(browser, "out of memory")
+    marked = [mark.text.lower() for mark in browser.find_elements("css selector", "#results mark")]
+    assert marked and "of" not in marked, "the word that says most is marked"
     show(browser, found_first(browser, "adpo"))
     assert not browser.get_log("browser")
 

@@ -139,13 +139,15 @@ meaning.addEventListener("pointerenter", () => clearTimeout(waiting));
 meaning.addEventListener("pointerleave", later);
 meaning.addEventListener("focusout", later);
 
-// Search
+// Search; a Greek letter is found by its name
+const letters = { α: "alpha", β: "beta", γ: "gamma", δ: "delta", ε: "epsilon", λ: "lambda", π: "pi", ρ: "rho", σ: "sigma", τ: "tau" };
 const query = $("#query"), results = $("#results");
 const load = (name) => new Promise((done) => document.head.append(made("script", { src: `${top_}assets/${name}`, onload: done })));
 let engine;    // made when somebody first searches: the index is the largest file of the site
 const ready = () => engine ??= Promise.all([load("minisearch.js"), load("index.js")]).then(() => {
   const engine = new MiniSearch({
     fields: ["keywords", "name", "page", "promise", "text", "code"], storeFields: ["url", "page", "title", "text", "promise"],
+    processTerm: (term) => letters[term.toLowerCase()] || term.toLowerCase(),
     extractField: (entry, field) => (field === "name" ? entry.title || entry.page : entry[field]),
     searchOptions: {
       boost: { keywords: 40, name: 12, promise: 3, page: 1, text: 1, code: 0.4 }, prefix: (term) => term.length > 2, combineWith: "AND",
@@ -155,15 +157,15 @@ const ready = () => engine ??= Promise.all([load("minisearch.js"), load("index.j
   return engine;
 });
 
-// A sentence of the text that holds one of the words, with the word marked
+// A sentence of the text that holds the longest of the words that it has, with the word marked
 function excerpt(hit) {
   const text = hit.promise && !hit.title ? `${hit.promise} ${hit.text}` : hit.text;
-  const words = hit.terms.map((term) => term.replace(/[.*+?^${}()|[\]\\]/g, "\\$&")).join("|");
-  const found = text.match(new RegExp(`(?<![\\p{L}\\d])(${words})`, "iu"));
-  const at = found ? found.index : 0, before = text.lastIndexOf(". ", at) + 1;
+  const word = (term) => new RegExp(`(?<![\\p{L}\\d])(${term.replace(/[.*+?^${}()|[\]\\]/g, "\\$&")})`, "iu");
+  const place = hit.terms.filter((term) => term.length > 2 || hit.terms.length < 2).sort((a, b) => b.length - a.length).map(word).find((one) => one.test(text));
+  const at = place ? text.search(place) : 0, before = text.lastIndexOf(". ", at) + 1;
   const from = at - before < 60 ? before : text.lastIndexOf(" ", at - 40) + 1;
   const shown = text.slice(from, from + 130).trim(), cut = text.length > from + 130 ? "…" : "";
-  const parts = shown.split(new RegExp(`(?<![\\p{L}\\d])(${words})`, "iu"));
+  const parts = place ? shown.split(place) : [];
   return parts.length > 2 ? [parts[0], made("mark", { textContent: parts[1] }), parts.slice(2).join("") + cut] : [shown + cut];
 }
 // A title that is just what was asked for comes first, that of a page before that of a section
