@@ -123,6 +123,11 @@ SETTINGS = [
     dict(hub_model_id="../x"), dict(ddp_backend="pigeon"), dict(ddp_timeout=-1), dict(ddp_timeout=0),
     dict(ddp_bucket_cap_mb=-1), dict(resume_from_checkpoint=3), dict(resume_from_checkpoint="none"),
     dict(parallelism_config={"tp_size": 2}), dict(hub_token=3), dict(include_num_input_tokens_seen="perhaps"),
+    dict(output_dir="a\ud800"), dict(run_name="\udfff"), dict(hub_model_id="a\ud800"), dict(warmup_steps=10**30),
+    dict(dataset_num_proc=10**9), dict(dataloader_num_workers=10**6),
+    *[dict(lr_scheduler_type="cosine", lr_scheduler_kwargs=more) for more in (
+        {"num_cycles": "x"}, {"num_cycles": NAN}, {"cycles": 2}, {"num_cycles": None}, '{"nope": 1}')],
+    dict(lr_scheduler_type="polynomial", lr_scheduler_kwargs={"power": "x"}), dict(lr_scheduler_kwargs={"lr_end": 1}),
     dict(learnin_rate=1), dict(warmup_ratio="x"), dict(label_smoothing_factor=0.1), dict(remove_unused_columns=True),
     # what is particular to preferences
     dict(loss=""), dict(loss=None), dict(loss=3), dict(loss=b"dpo"), dict(loss=["dpo"]), dict(loss="dpoo"),

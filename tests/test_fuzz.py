@@ -173,6 +173,12 @@ def plain_loss(name: str, options: dict, pairs: PairFeatures, values: dict[str, 
     return LOSSES[name](side(0), side(1), **options).losses
 
 
+def too_sure(pairs: PairFeatures, values: dict[str, torch.Tensor]) -> bool:
+    "Whether float32 can't tell a response's mean probability from 1: the log-odds end where its numbers do."
+    weighted = values["logps"].detach() * values.get("weights", torch.ones(len(values["logps"])))
+    return any(float(part.mean()) > -1e-6 for part in weighted.split(pairs.lengths))
+
+
 def reach_of(name: str, options: dict, pairs: PairFeatures, values: dict[str, torch.Tensor]) -> float:
     "How large the numbers are that a loss adds up, and how large a change of all of them by their size makes it."
     largest = largest_number(pairs, values)
@@ -198,6 +204,9 @@ def test_losses_of_features(dtype):
         values = plain_values(pairs)
         wanted = plain_loss(name, options, pairs, values)
         if not (wanted.isfinite() & (wanted.abs() < 1e30)).all(): continue      # float32 does not reach there
+        if name == "orpo" and dtype != torch.float64 and too_sure(pairs, values):
+            assert found.pairs.losses.isfinite().all(), (seed, name, options)
+            continue
         reach = reach_of(name, options, pairs, values)
         error = off(found.pairs.losses, wanted, reach)
         worst[dtype, name] = max(worst.get((dtype, name), 0), error)

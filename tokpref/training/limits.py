@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.utils import validate_repo_id
+from transformers.optimization import get_scheduler
 from transformers.trainer_pt_utils import AcceleratorConfig
 
 from ..checks import check_known, shortened
@@ -28,6 +29,7 @@ from .trl import dictionary
 
 # %% ../../nbs/library/training/06_limits.ipynb #8441b6a7
 _LARGEST = 2**31 - 1
+_PROCESSES = 4096       # more than a machine has use for
 
 
 def _steps(value: float) -> bool:
@@ -37,15 +39,18 @@ def _steps(value: float) -> bool:
 
 _LIMITS: tuple[tuple[Callable[[float], bool], str, str], ...] = (
     (lambda n: 1 <= n <= _LARGEST, f"from 1 to {_LARGEST}", """
-        per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps dataset_num_proc
-        dataloader_prefetch_factor save_total_limit torch_empty_cache_steps ddp_timeout ddp_bucket_cap_mb max_length
+        per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps dataloader_prefetch_factor
+         save_total_limit torch_empty_cache_steps ddp_timeout ddp_bucket_cap_mb max_length
         max_prompt_length"""),
-    (lambda n: 0 <= n <= _LARGEST, f"from 0 to {_LARGEST}", "dataloader_num_workers baseline_width"),
+    (lambda n: 0 <= n <= _LARGEST, f"from 0 to {_LARGEST}", "baseline_width"),
+    (lambda n: 1 <= n <= _PROCESSES, f"from 1 to {_PROCESSES}", "dataset_num_proc"),
+    (lambda n: 0 <= n <= _PROCESSES, f"from 0 to {_PROCESSES}", "dataloader_num_workers"),
+    (lambda x: 0 <= x <= _LARGEST, f"from 0 to {_LARGEST}", "warmup_steps"),
     (lambda n: 0 <= n < 2**32, "from 0 to 4294967295", "seed data_seed"),
     (lambda n: n == -1 or 1 <= n <= _LARGEST, "at least 1, or -1 for as many as num_train_epochs says", "max_steps"),
     (lambda x: 0 < x < math.inf, "above 0 and finite", "num_train_epochs baseline_learning_rate"),
     (lambda x: 0 <= x < math.inf, "at least 0 and finite", """
-        learning_rate weight_decay adam_epsilon max_grad_norm warmup_steps eval_delay neftune_noise_alpha"""),
+        learning_rate weight_decay adam_epsilon max_grad_norm eval_delay neftune_noise_alpha"""),
     (lambda x: 0 <= x < 1, "at least 0 and below 1", "adam_beta1 adam_beta2"),
     (_steps, "a whole number of steps from 1, or a share of all steps between 0 and 1",
      "logging_steps save_steps eval_steps"),
@@ -74,6 +79,11 @@ def check_choices(args: Any) -> None:
 # %% ../../nbs/library/training/06_limits.ipynb #bce2a124
 def check_forms(args: Any) -> None:
     "Raise `ValueError` for a setting that is not written as its reader wants it."
+    for field in dataclasses.fields(args):
+        value = getattr(args, field.name)
+        if isinstance(value, str) and re.search("[\0\ud800-\udfff]", value):
+            raise ValueError(f"{field.name} holds a zero, or half a character, which no file keeps: "
+                             f"write it again, got {shortened(value)}")
     seen = getattr(args, "include_num_input_tokens_seen", "no")
     if not isinstance(seen, bool): check_known("include_num_input_tokens_seen", seen, ["all", "non_padding", "no"])
     for part in filter(None, (args.optim_args or "").split(",")):
@@ -101,6 +111,23 @@ _DICTIONARIES = ("lr_scheduler_kwargs", "activation_checkpointing_kwargs", "grad
 _FILES = ("accelerator_config", "fsdp_config")
 
 
+def _check_schedule(args: Any) -> None:
+    "Raise `ValueError` for arguments that a schedule does not take, tried on ten steps of one weight."
+    more = dictionary("lr_scheduler_kwargs", args.lr_scheduler_kwargs)
+    if not more: return
+    kind = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
+    try:
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+        schedule = get_scheduler(kind, optimizer, 1, 10, scheduler_specific_kwargs=dict(more))
+        rates = [rate(5) for rate in getattr(schedule, "lr_lambdas", ())]
+        numbers = [*rates, *(value for value in more.values() if isinstance(value, float))]
+        if not all(math.isfinite(number) for number in numbers): raise ValueError("not every number is finite")
+    except Exception as error:
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"lr_scheduler_kwargs must be what lr_scheduler_type={kind!r} takes ({why}), "
+                         f"got {shortened(more)}") from None
+
+
 def _check_file(name: str, value: Any) -> None:
     "Raise `ValueError` for what is neither a dictionary, its JSON, nor the name of a file that holds it."
     if not isinstance(value, str) or value.startswith("{"):
@@ -120,6 +147,7 @@ def check_dictionaries(args: Any) -> None:
     for name in _FILES:
         value = getattr(args, name, None)
         if not dataclasses.is_dataclass(value): _check_file(name, value)
+    _check_schedule(args)
     own = getattr(args, "accelerator_config", None)
     known = [field.name for field in dataclasses.fields(AcceleratorConfig)]
     for name in own if isinstance(own, dict) else (): check_known("name in accelerator_config", name, known)
