@@ -190,6 +190,7 @@ SET_OF_TRAIN = [
     "lora=1.5", "lora=true", "model=[a]", "model=true", "data=3", "split=[1]", "split=''", "as_messages=perhaps",
     "ref=7", "eval_split={a: 1}", "loss=null", "max_length=2", "max_prompt_length=5000", "report_to=nowhere",
     "run_name=2020-01-01", "run_name=\ud800", "config_name=3", "eval_data=3", "data_dir=[x]", "beta=" + "[" * 3000,
+    "max_steps=1:30", "lora=10000000000", "split=train[5:2]",
 ]
 SET_OF_COMPARE = [
     "steps=0", "steps=-1", "steps=x", "steps=1.5", "steps=true", "steps=.nan", f"steps={10**30}", "batch_size=0",

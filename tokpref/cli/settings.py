@@ -27,8 +27,14 @@ class _Yaml(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_EXPONENT = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$")
-_Yaml.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+.0123456789"))
+_WHOLE = re.compile(r"[-+]?(0|[1-9][\d_]*)$|[-+]?0x[\da-fA-F_]+$")     # not 010, an 8 there, nor 1:30, which is 90
+_BROKEN = re.compile(r"[-+]?(\d[\d_]*\.[\d_]*([eE][-+]?\d+)?|\.\d[\d_]*([eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.(inf|Inf|INF))$"
+                     r"|\.(nan|NaN|NAN)$")
+_NUMBERS = {"tag:yaml.org,2002:int": _WHOLE, "tag:yaml.org,2002:float": _BROKEN}
+_Yaml.yaml_implicit_resolvers = {
+    first: [(tag, known) for tag, known in found if tag not in _NUMBERS]
+    for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+for _tag, _pattern in _NUMBERS.items(): _Yaml.add_implicit_resolver(_tag, _pattern, list("-+.0123456789"))
 
 
 def read_yaml(text: str) -> Any:
@@ -84,8 +90,8 @@ def _check_load(load: dict[str, Any]) -> None:
     if not isinstance(load["as_messages"], bool | None):
         raise ValueError(f"as_messages must be true or false, got {load['as_messages']!r}")
     rank = load["lora"]
-    if rank is not None and (type(rank) is not int or rank < 1):
-        raise ValueError(f"lora must be a whole number of at least 1, the rank of the adapter, got {rank!r}")
+    if rank is not None and (type(rank) is not int or not 1 <= rank <= 2**16):
+        raise ValueError(f"lora must be a whole number from 1 to {2**16}, the rank of the adapter, got {rank!r}")
 
 
 def _four_bits(settings: dict[str, Any]) -> dict[str, Any]:

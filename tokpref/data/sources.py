@@ -240,7 +240,10 @@ def load_texts(
     """
     loader = find_loader(str(source)) or Loader(str(source))
     loader = dataclasses.replace(loader, config=config or loader.config, data_dir=data_dir or loader.data_dir)
-    try: return _open(str(source), split, loader)
+    try:
+        found = _open(str(source), split, loader)
+        if not len(found): raise StopIteration
+        return found
     except FileNotFoundError as e:
         if "doesn't contain any data files" not in str(e): raise
         raise FileNotFoundError(f"{source} is a folder without data: give one that holds files of {_NAMED}") from None
