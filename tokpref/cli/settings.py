@@ -28,7 +28,7 @@ class _Yaml(yaml.SafeLoader):
 
 
 _WHOLE = re.compile(r"[-+]?(0|[1-9][\d_]*)$|[-+]?0x[\da-fA-F_]+$")     # not 010, an 8 there, nor 1:30, which is 90
-_BROKEN = re.compile(r"[-+]?(\d[\d_]*\.[\d_]*([eE][-+]?\d+)?|\.\d[\d_]*([eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.(inf|Inf|INF))$"
+_BROKEN = re.compile(r"[-+]?((\d[\d_]*\.[\d_]*|\.\d[\d_]*)([eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.(inf|Inf|INF))$"
                      r"|\.(nan|NaN|NAN)$")
 _NUMBERS = {"tag:yaml.org,2002:int": _WHOLE, "tag:yaml.org,2002:float": _BROKEN}
 _Yaml.yaml_implicit_resolvers = {
