@@ -12,6 +12,7 @@ import sys
 import threading
 import traceback
 import urllib.error
+import urllib.parse
 import urllib.request
 from pathlib import Path
 
@@ -226,6 +227,15 @@ def test_a_key_in_an_error_of_the_network_stays_there(error, monkeypatch):
     with pytest.raises(ConnectionError, match="did not answer in 1 tries.*<OPENAI_API_KEY>") as caught:
         judges.EndpointJudge("m", "http://localhost/v1", tries=1)(["p"], ["a"], ["b"])
     assert not any(CANARY in told for told in all_that_is_told(caught.value))
+
+
+@pytest.mark.parametrize("written", [str, lambda key: json.dumps({"key": key}), html.escape,
+                                     lambda key: urllib.parse.quote(key, safe="")])
+def test_a_key_is_not_told_in_any_writing(written, monkeypatch):
+    key = 'sk-"one"/<two>&three'
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    said = judges.endpoint.without_secret(f"bad key {written(key)} here", judges.EndpointJudge("m"))
+    assert "<OPENAI_API_KEY>" in said and "one" not in said and "three" not in said and said.endswith(" here")
 
 
 @pytest.mark.parametrize("settings", [dict(url=f"http://me:{CANARY}@host/v1"), dict(url=f"http://{CANARY}@host/v1"),

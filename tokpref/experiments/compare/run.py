@@ -66,7 +66,8 @@ def run_path(shared: SharedStart, label: str, run: LossRun, code: str) -> Path:
     settings = {name: value for name, value in asdict(shared.config).items() if name not in skip}
     key = fingerprint([shared.task.name, settings, digests(shared.config), data_digests(shared.config), asdict(run),
                        shared.seed, code])
-    return shared.folder / "runs" / f"{re.sub(r'[^A-Za-z0-9._-]+', '_', label)}-seed{shared.seed}-{key}.json"
+    readable = re.sub(r"[^A-Za-z0-9._-]+", "_", label)[:100]      # a file's name has an end
+    return shared.folder / "runs" / f"{readable}-seed{shared.seed}-{key}.json"
 
 
 def kept_run(path: Path) -> dict | None:

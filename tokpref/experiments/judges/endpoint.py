@@ -8,6 +8,7 @@ __all__ = ['BETTER_ANSWER', 'BETTER_SUMMARY', 'read_verdict', 'Pace', 'asked_to_
 
 # %% ../../../nbs/experiments/judges/01_endpoint.ipynb #b206e63e
 import email.utils
+import html
 import http.client
 import json
 import os
@@ -233,9 +234,11 @@ _WAIT_AND_TRY = (408, 409, 425, 429)    # and all of 500 and above
 
 
 def without_secret(text: str, judge: EndpointJudge) -> str:
-    "What a server said, without the key, which some servers repeat."
+    "What a server said, without the key, which some servers repeat, be it as text, in JSON, in HTML or in an address."
     secret = os.environ.get(judge.key, "").strip()
-    return text.replace(secret, f"<{judge.key}>") if secret else text
+    forms = {secret, json.dumps(secret)[1:-1], html.escape(secret), urllib.parse.quote(secret, safe="")}
+    for form in filter(None, sorted(forms, key=len, reverse=True)): text = text.replace(form, f"<{judge.key}>")
+    return text
 
 
 class _Trouble(NamedTuple):
