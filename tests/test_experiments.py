@@ -7,6 +7,7 @@ import json
 import linecache
 import math
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -371,6 +372,13 @@ def test_wrong_type_of_a_setting():
 def test_a_labels_options_replace_those_of_its_variant():
     assert resolve_losses("adpo:segments=2", RunConfig())["adpo:segments=2"].options == {"segments": 2}
     assert resolve_losses("adpo:beta=0.3", RunConfig())["adpo:beta=0.3"].options == {"window": 1}
+
+
+@pytest.mark.parametrize("label", ["../../x", "a/b", "a\nb", "\x1b[2J", "a\0b", "x" * 300, "\ud800"])
+def test_a_label_is_no_path(label, tmp_path):
+    shared = train.SharedStart(find_task("toy"), find_task("toy").configure("smoke")[1], tmp_path, 0, False)
+    path = harness.run_path(shared, label, LossRun("dpo", {}, 0.1, 1e-3), "code")
+    assert path.parent == tmp_path / "runs" and len(path.name) < 200 and re.fullmatch(r"[\w.-]+", path.name, re.ASCII)
 
 
 LABELS = """
