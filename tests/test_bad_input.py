@@ -98,6 +98,10 @@ SETTINGS = [
     dict(dataset_num_proc=-2), dict(per_device_train_batch_size=0), dict(per_device_train_batch_size=-3),
     dict(per_device_eval_batch_size=0), dict(weight_decay=NAN), dict(weight_decay=-1.0), dict(weight_decay=INF),
     dict(learning_rate=NAN), dict(learning_rate=-1e-4), dict(learning_rate=INF), dict(learning_rate=b"1"),
+    dict(learning_rate=1e300), dict(weight_decay=1e300), dict(adam_epsilon=1e39), dict(max_grad_norm=1e300),
+    dict(num_train_epochs=1e300), dict(logging_steps=1e300), dict(max_length=10**20), dict(beta=1e300),
+    dict(beta=1e-300), dict(loss="tdpo2", loss_options={"alpha": 1e300}),
+    dict(loss="simpo", loss_options={"gamma": 1e39}), dict(loss="tbpo_q", baseline_learning_rate=1e300),
     dict(num_train_epochs=NAN), dict(num_train_epochs=-1), dict(num_train_epochs=0), dict(num_train_epochs=INF),
     dict(max_steps=-5), dict(max_steps=0), dict(max_steps=HUGE), dict(gradient_accumulation_steps=0),
     dict(gradient_accumulation_steps=-1), dict(adam_beta1=1.5), dict(adam_beta1=-0.1), dict(adam_beta2=NAN),
@@ -206,6 +210,7 @@ SET_OF_COMPARE = [
     "tuning={dpo: {beta: [1]}}", "tuning={3: {beta: 1}}", "tuning=[dpo]", "steps=1e999", "batch_size=1.5",
     "learning_rate=-1", "learning_rate=true", "max_length=true", "beta=[0.1]", "steps=2020-01-01", "losses=dpo",
     "data_seed=1.5", "kept_answers=x", "letter_reward=.inf", "config=3", "task=toy", "seeds={0: 1}", "progress=false",
+    "learning_rate=1e300", "beta=1e300", "beta=1e-300", "max_grad_norm=1e300", "letter_reward=1e300",
 ]
 COMMANDS = [
     *[[*TRAIN, "--set", text] for text in SET_OF_TRAIN], *[["compare", "--set", text] for text in SET_OF_COMPARE],

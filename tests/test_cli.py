@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, get_peft_model
 
 from tokpref import LOSSES, cli, training
@@ -132,6 +133,16 @@ def test_a_flag_that_is_not_given_leaves_the_file_alone(tmp_path):
 def test_models_are_trained_and_compared_in_float32(run, home, made):
     assert run("train", "--model", home / "model", "--ref", home / "model", "--output", home / "out", *STEP)[0] == 0
     assert {p.dtype for m in (made[0].model, made[0].ref_model) for p in m.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate"])
+def test_a_reference_that_is_nowhere_is_told_before_a_weight_is_read(run, home, command, monkeypatch):
+    def load(*args, **kwargs): pytest.fail("weights were read")
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", load)
+    code, text = run(command, "--model", home / "model", "--ref", home / "nowhere")
+    assert code and "nowhere" in text and "cannot load" in text
+    code, text = run("evaluate", "--model", home / "model")
+    assert code and "--ref is missing" in text
 
 
 def test_an_adapter_is_trained_on(run, home, made):

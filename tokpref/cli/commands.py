@@ -130,7 +130,7 @@ def run_evaluate(args: argparse.Namespace) -> None:
     "Measure the model on held-out pairs and print the numbers."
     from tokpref.data import PreferenceCollator
     from tokpref.evaluation import preference_metrics
-    from tokpref.models import has_adapter, load_model, load_tokenizer
+    from tokpref.models import check_model, is_adapter, load_model, load_tokenizer
     from tokpref.precision import autocast, fastest_device, pick_precision
     from tokpref.training import load_baseline_head
     if not args.data: raise ValueError("--data is missing: say which preference pairs to measure on")
@@ -138,11 +138,12 @@ def run_evaluate(args: argparse.Namespace) -> None:
     _check_options_given(args.loss, options, "--loss-options '{window: 4}'")
     _check_evaluation(args, options)
     mixed, device = pick_precision(args.precision).mixed, fastest_device()
+    if args.ref: check_model(args.ref)
+    elif not is_adapter(args.model):
+        raise ValueError("--ref is missing: say which model this one was trained from (an adapter would not need it)")
     tokenizer = load_tokenizer(args.model)
     rows, report = _prepared(args, "test", tokenizer, "evaluation", 2)
     model = load_model(args.model, device=device)
-    if args.ref is None and not has_adapter(model):
-        raise ValueError("--ref is missing: say which model this one was trained from (an adapter would not need it)")
     reference = load_model(args.ref, device=device) if args.ref else None
     baseline = load_baseline_head(args.model).to(device) if LOSSES[args.loss].baseline else None
     print(report, file=sys.stderr)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from ..checks import check_count
 from .layouts import INSTRUCTING
 
 # %% ../../nbs/library/data/01_tokens.ipynb #c2a20be6
@@ -237,6 +238,7 @@ def check_lengths(max_length: int, max_prompt_length: int | None) -> None:
     "Raise `ValueError` unless a prompt and a response can fit."
     if not isinstance(max_length, int): raise TypeError(f"max_length must be a number of tokens, got {max_length!r}")
     if max_length < 4: raise ValueError(f"max_length must be at least 4 tokens, got {max_length}")
+    check_count("max_length", max_length)       # nor more than anybody can mean
     if not isinstance(max_prompt_length, int | None):
         raise TypeError(f"max_prompt_length must be a number of tokens, or None, got {max_prompt_length!r}")
     if max_prompt_length is not None and not 0 < max_prompt_length <= max_length - 2:

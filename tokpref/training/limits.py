@@ -23,7 +23,7 @@ from huggingface_hub.utils import validate_repo_id
 from transformers.optimization import get_scheduler
 from transformers.trainer_pt_utils import AcceleratorConfig
 
-from ..checks import check_known, shortened
+from ..checks import LARGEST, SMALLEST, check_known, shortened
 from ..files import one_at_a_time
 from .trl import dictionary
 
@@ -34,7 +34,7 @@ _PROCESSES = 4096       # more than a machine has use for
 
 def _steps(value: float) -> bool:
     "Whether a value counts steps, or is a share of them."
-    return 0 < value < 1 or 1 <= value < math.inf and float(value).is_integer()
+    return 0 < value < 1 or 1 <= value <= _LARGEST and float(value).is_integer()
 
 
 _LIMITS: tuple[tuple[Callable[[float], bool], str, str], ...] = (
@@ -48,8 +48,9 @@ _LIMITS: tuple[tuple[Callable[[float], bool], str, str], ...] = (
     (lambda x: 0 <= x <= _LARGEST, f"from 0 to {_LARGEST}", "warmup_steps"),
     (lambda n: 0 <= n < 2**32, "from 0 to 4294967295", "seed data_seed"),
     (lambda n: n == -1 or 1 <= n <= _LARGEST, "at least 1, or -1 for as many as num_train_epochs says", "max_steps"),
-    (lambda x: 0 < x < math.inf, "above 0 and finite", "num_train_epochs baseline_learning_rate"),
-    (lambda x: 0 <= x < math.inf, "at least 0 and finite", """
+    (lambda x: 0 < x <= _LARGEST, f"above 0 and at most {_LARGEST}", "num_train_epochs"),
+    (lambda x: SMALLEST <= x <= LARGEST, f"from {SMALLEST:.1e} to {LARGEST:.1e}", "baseline_learning_rate"),
+    (lambda x: 0 <= x <= LARGEST, f"from 0 to {LARGEST:.1e}", """
         learning_rate weight_decay adam_epsilon max_grad_norm eval_delay neftune_noise_alpha"""),
     (lambda x: 0 <= x < 1, "at least 0 and below 1", "adam_beta1 adam_beta2"),
     (_steps, "a whole number of steps from 1, or a share of all steps between 0 and 1",

@@ -27,6 +27,7 @@ from torch.utils.data import IterableDataset
 from tokpref.models import (
     add_adapter,
     base_model,
+    check_model,
     compile_layers,
     has_adapter,
     load_model,
@@ -116,8 +117,7 @@ def check_models(model: nn.Module, ref_model: nn.Module | None = None) -> None:
     What is no causal language model at all is a `TypeError`.
     """
     if ref_model is model:
-        raise ValueError("ref_model is the policy itself and would train along: "
-                         "leave it out, and a frozen copy is made")
+        raise ValueError("ref_model is the policy itself and would train along: leave it out, a frozen copy is made")
     named = {"policy": model} if ref_model is None else {"policy": model, "reference": ref_model}
     for what, module in named.items():
         check_language_model(module, what)
@@ -156,6 +156,7 @@ def load_models(
     if init and not isinstance(model, str) and not isinstance(ref_model, str):
         raise ValueError("model_init_kwargs would be ignored: no model is given by name")
     options = loading_options(init)
+    if isinstance(ref_model, str): check_model(ref_model, trust_remote_code=options.get("trust_remote_code", False))
     if isinstance(model, str):
         own = {name: options[name] for name in ("revision", "trust_remote_code") if name in options}
         tokenizer = tokenizer or load_tokenizer(model, **own)
@@ -254,8 +255,7 @@ def prepare_dataset(
 def check_precompute(spec: LossSpec, loss: str) -> None:
     "Raise `ValueError` for a loss that precomputed log-probabilities can't serve."
     if spec.kl or spec.reverse_kl:
-        raise ValueError(f"precompute_ref_logps can't serve {loss!r}: "
-                         "its KL needs the reference's whole distribution")
+        raise ValueError(f"precompute_ref_logps can't serve {loss!r}: its KL needs the reference's whole distribution")
     if not spec.reference:
         raise ValueError(f"precompute_ref_logps would be ignored: {loss!r} has no reference: leave it out")
 
