@@ -57,9 +57,9 @@ def telling(path: str | os.PathLike) -> Iterator[None]:
     try: yield
     except Exception as error:
         reason = why_not_written(error)
-        at_fault = getattr(error, "filename", None)
-        inside = not at_fault or path.parent in (Path(at_fault), *Path(at_fault).parents)
-        if not reason or not (inside or Path(at_fault) in path.parents): raise
+        at_fault = Path(getattr(error, "filename", None) or path)
+        inside = path.parent in (at_fault, *at_fault.parents)
+        if not reason or not (inside or at_fault in path.parents): raise
         raise OSError(f"{path} could not be written, {reason}: mend that or choose another folder, and run it again; "
                       "what was finished before is kept") from error
 
