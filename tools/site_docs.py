@@ -4,6 +4,7 @@ nbdev runs every cell that imports or exports, to have what it documents. Here t
 the same code and has the comments of a dataclass's fields; other cells keep their stored outputs. Works in the folder
 of settings.ini.
 """
+import functools
 import importlib
 import re
 import shutil
@@ -36,12 +37,14 @@ class ShowDocs(Processor):
     def begin(self):
         module = next((c.directives_["default_exp"][0] for c in self.nb.cells if "default_exp" in c.directives_), "")
         self.module = f"{get_config().lib_name}.{module}"
-        self.names = {"show_doc": show_doc, **(vars(importlib.import_module(self.module)) if module else {})}
+        self.names = vars(importlib.import_module(self.module)) if module else {}
 
     def cell(self, cell):
         "Gives a cell that documents something its output."
-        if cell.cell_type != "code" or not cell.source.split("\n")[-1].startswith("show_doc("): return
-        shown = eval(cell.source.split("\n")[-1], self.names)
+        asked = re.fullmatch(r"show_doc\((\w+)((?:\.\w+)*)\)", cell.source.split("\n")[-1])
+        if cell.cell_type != "code" or not asked: return
+        parts = filter(None, asked[2].split("."))
+        shown = show_doc(functools.reduce(getattr, parts, self.names[asked[1]]))
         line = _lineno(shown.nm, f"{self.module.replace('.', '/')}.py")
         text = short(shown._repr_markdown_().replace("#LNone", f"#L{line}", 1))
         data = AttrDict({"text/markdown": text.splitlines(keepends=True)})
