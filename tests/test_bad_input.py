@@ -196,6 +196,18 @@ SET_OF_TRAIN = [
     "run_name=2020-01-01", "run_name=\ud800", "config_name=3", "eval_data=3", "data_dir=[x]", "beta=" + "[" * 3000,
     "max_steps=1:30", "lora=10000000000", "split=train[5:2]",
 ]
+@pytest.mark.parametrize("data, more", [
+    ([], {}), ([3], {}), ("pairs", {}), ([{"prompt": "p", "chosen": "c"}], {}),
+    (PAIRS[:1], {"eval_dataset": {"a": [3]}}), ([{"prompt": "p", "chosen": "c", "rejected": 1}], {}),
+    (PAIRS, {"chat_template_kwargs": {"enable_thinking": False}}), (PAIRS, {"ref_model": "nowhere"})], ids=str)
+def test_what_is_wrong_with_data_or_reference_is_told_before_a_model_is_loaded(home, data, more, tokenizer):
+    given = {name: more[name] for name in ("eval_dataset", "ref_model") if name in more}
+    settings = {name: value for name, value in more.items() if name not in given}
+    config = PreferenceConfig(str(home / "out"), report_to="none", use_cpu=True, **settings)
+    sentence("data of a run", lambda: PreferenceTrainer(
+        str(home / "m"), config, data, processing_class=tokenizer, **given))
+
+
 SET_OF_COMPARE = [
     "steps=0", "steps=-1", "steps=x", "steps=1.5", "steps=true", "steps=.nan", f"steps={10**30}", "batch_size=0",
     "beta=.nan", "beta=0", "learning_rate=.inf", "nope=1", "a", "losses=[]", "losses=3", "losses=[dpoo]", "seeds=[]",

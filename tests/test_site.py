@@ -433,7 +433,7 @@ def test_a_notebook_that_breaks_the_site_is_named(tmp_path, monkeypatch):
     cells = [nbformat.v4.new_markdown_cell("# A page\n\n> It breaks."), *map(nbformat.v4.new_code_cell, sources)]
     nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "nbs" / "01_page.ipynb")
     monkeypatch.setattr(build_site, "ROOT", tmp_path)
-    with pytest.raises(build_site.SiteError, match="nbs/01_page.ipynb: NameError: .*no_such_name"):
+    with pytest.raises(build_site.SiteError, match="nbs/01_page.ipynb: AttributeError: .*no_such_name"):
         build_site.process_notebooks()
 
 

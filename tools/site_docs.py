@@ -10,6 +10,7 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 from execnb.nbio import AttrDict, read_nb, write_nb
 from nbdev.config import get_config
@@ -36,16 +37,15 @@ class ShowDocs(Processor):
 
     def begin(self):
         module = next((c.directives_["default_exp"][0] for c in self.nb.cells if "default_exp" in c.directives_), "")
-        self.module = f"{get_config().lib_name}.{module}"
-        self.names = vars(importlib.import_module(self.module)) if module else {}
+        self.name = f"{get_config().lib_name}.{module}".rstrip(".")
+        self.module = importlib.import_module(self.name)
 
     def cell(self, cell):
         "Gives a cell that documents something its output."
-        asked = re.fullmatch(r"show_doc\((\w+)((?:\.\w+)*)\)", cell.source.split("\n")[-1])
+        asked = re.fullmatch(r"show_doc\(([\w.]+)\)", cell.source.split("\n")[-1])
         if cell.cell_type != "code" or not asked: return
-        parts = filter(None, asked[2].split("."))
-        shown = show_doc(functools.reduce(getattr, parts, self.names[asked[1]]))
-        line = _lineno(shown.nm, f"{self.module.replace('.', '/')}.py")
+        shown: Any = show_doc(functools.reduce(getattr, asked[1].split("."), self.module))
+        line = _lineno(shown.nm, f"{self.name.replace('.', '/')}.py")
         text = short(shown._repr_markdown_().replace("#LNone", f"#L{line}", 1))
         data = AttrDict({"text/markdown": text.splitlines(keepends=True)})
         cell.outputs = [AttrDict(output_type="display_data", data=data, metadata=AttrDict())]

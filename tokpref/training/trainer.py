@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import set_seed
 
 from ..data import PreferenceCollator
+from ..data.prepare import check_pairs
 from ..engine.one_pass import BatchLoss, pair_loss
 from ..engine.packing import split_by_tokens
 from ..losses.registry import check_loss
@@ -221,6 +222,9 @@ class PreferenceTrainer(
         self.spec = check_loss(args.loss, args.options)
         self.loss = functools.partial(self.spec, **args.options)
         if args.precompute_ref_logps: setup.check_precompute(self.spec, args.loss)
+        template = cast(dict, args.chat_template_kwargs)
+        train_dataset = check_pairs(train_dataset, "train", template)
+        eval_dataset = check_pairs(eval_dataset, "eval", template)
 
         set_seed(args.seed)                         # a new adapter is random
         policy, ref_model, tokenizer = setup.load_models(
