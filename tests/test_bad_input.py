@@ -752,4 +752,4 @@ def test_the_catalogue_is_long_and_counted(capsys):
         print("\n\nmalformed input, each refused in one sentence")
         for kind, count in refused.most_common(): print(f"  {kind:<26}{count:>5}")
         print(f"  {'in all':<26}{total:>5}")
-    if len(refused) == 12: assert total >= 950
+    if len(refused) >= 14: assert total >= 1000      # all kinds: the whole file ran
