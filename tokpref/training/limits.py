@@ -23,34 +23,34 @@ from huggingface_hub.utils import validate_repo_id
 from transformers.optimization import get_scheduler
 from transformers.trainer_pt_utils import AcceleratorConfig
 
-from ..checks import LARGEST, SMALLEST, check_known, shortened
+from ..checks import LEAST_FLOAT, MOST_FLOAT, check_known, shortened
 from ..files import one_at_a_time
 from .trl import dictionary
 
 # %% ../../nbs/library/training/06_limits.ipynb #8441b6a7
-_LARGEST = 2**31 - 1
+_MOST = 2**31 - 1
 _PROCESSES = 4096       # more than a machine has use for
 
 
 def _steps(value: float) -> bool:
     "Whether a value counts steps, or is a share of them."
-    return 0 < value < 1 or 1 <= value <= _LARGEST and float(value).is_integer()
+    return 0 < value < 1 or 1 <= value <= _MOST and float(value).is_integer()
 
 
 _LIMITS: tuple[tuple[Callable[[float], bool], str, str], ...] = (
-    (lambda n: 1 <= n <= _LARGEST, f"from 1 to {_LARGEST}", """
+    (lambda n: 1 <= n <= _MOST, f"from 1 to {_MOST}", """
         per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps dataloader_prefetch_factor
-         save_total_limit torch_empty_cache_steps ddp_timeout ddp_bucket_cap_mb max_length
+        save_total_limit torch_empty_cache_steps ddp_timeout ddp_bucket_cap_mb max_length
         max_prompt_length"""),
-    (lambda n: 0 <= n <= _LARGEST, f"from 0 to {_LARGEST}", "baseline_width"),
+    (lambda n: 0 <= n <= _MOST, f"from 0 to {_MOST}", "baseline_width"),
     (lambda n: 1 <= n <= _PROCESSES, f"from 1 to {_PROCESSES}", "dataset_num_proc"),
     (lambda n: 0 <= n <= _PROCESSES, f"from 0 to {_PROCESSES}", "dataloader_num_workers"),
-    (lambda x: 0 <= x <= _LARGEST, f"from 0 to {_LARGEST}", "warmup_steps"),
+    (lambda x: 0 <= x <= _MOST, f"from 0 to {_MOST}", "warmup_steps"),
     (lambda n: 0 <= n < 2**32, "from 0 to 4294967295", "seed data_seed"),
-    (lambda n: n == -1 or 1 <= n <= _LARGEST, "at least 1, or -1 for as many as num_train_epochs says", "max_steps"),
-    (lambda x: 0 < x <= _LARGEST, f"above 0 and at most {_LARGEST}", "num_train_epochs"),
-    (lambda x: SMALLEST <= x <= LARGEST, f"from {SMALLEST:.1e} to {LARGEST:.1e}", "baseline_learning_rate"),
-    (lambda x: 0 <= x <= LARGEST, f"from 0 to {LARGEST:.1e}", """
+    (lambda n: n == -1 or 1 <= n <= _MOST, "at least 1, or -1 for as many as num_train_epochs says", "max_steps"),
+    (lambda x: 0 < x <= _MOST, f"above 0 and at most {_MOST}", "num_train_epochs"),
+    (lambda x: LEAST_FLOAT <= x <= MOST_FLOAT, f"from {LEAST_FLOAT:.1e} to {MOST_FLOAT:.1e}", "baseline_learning_rate"),
+    (lambda x: 0 <= x <= MOST_FLOAT, f"from 0 to {MOST_FLOAT:.1e}", """
         learning_rate weight_decay adam_epsilon max_grad_norm eval_delay neftune_noise_alpha"""),
     (lambda x: 0 <= x < 1, "at least 0 and below 1", "adam_beta1 adam_beta2"),
     (_steps, "a whole number of steps from 1, or a share of all steps between 0 and 1",

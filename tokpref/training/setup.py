@@ -156,14 +156,14 @@ def load_models(
     if init and not isinstance(model, str) and not isinstance(ref_model, str):
         raise ValueError("model_init_kwargs would be ignored: no model is given by name")
     options = loading_options(init)
-    if isinstance(ref_model, str): check_model(ref_model, trust_remote_code=options.get("trust_remote_code", False))
+    ref_init = options if ref_model == model else {key: options[key] for key in options if key != "revision"}
+    if isinstance(ref_model, str): check_model(ref_model, **ref_init)
     if isinstance(model, str):
         own = {name: options[name] for name in ("revision", "trust_remote_code") if name in options}
         tokenizer = tokenizer or load_tokenizer(model, **own)
         policy: nn.Module = load_model(model, trainable=True, options=options)
     else: policy = model
-    if ref_model != model: options.pop("revision", None)        # that of another model
-    reference: nn.Module | None = load_model(ref_model, options=options) if isinstance(ref_model, str) else ref_model
+    reference: nn.Module | None = load_model(ref_model, options=ref_init) if isinstance(ref_model, str) else ref_model
     if tokenizer is None: raise ValueError("a tokenizer is needed: pass processing_class=tokenizer")
     check_models(policy, reference)
     check_tokenizer(tokenizer, base_model(policy))

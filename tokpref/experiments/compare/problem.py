@@ -16,7 +16,7 @@ from datasets import Dataset
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
-from ...checks import LARGEST, check_count, check_known, check_not_negative, check_positive, nearest
+from ...checks import MOST_FLOAT, check_count, check_known, check_not_negative, check_positive, nearest
 from .labels import VARIANTS, LossRun
 
 # %% ../../../nbs/experiments/compare/01_problem.ipynb #0083a87d
@@ -91,8 +91,8 @@ def _check_number(name: str, value: Any) -> None:
     if isinstance(value, bool): return
     if isinstance(value, int): check_count(name, value, least=int(name in _NEEDED))
     if name.endswith("learning_rate"): check_positive(name, value)
-    elif isinstance(value, float) and not abs(value) <= LARGEST:
-        raise ValueError(f"{name} must be a finite number of at most {LARGEST:.1e}, got {value!r}")
+    elif isinstance(value, float) and not abs(value) <= MOST_FLOAT:
+        raise ValueError(f"{name} must be a finite number of at most {MOST_FLOAT:.1e}, got {value!r}")
 
 
 def check_seeds(seeds: Sequence[int]) -> tuple[int, ...]:
